@@ -11,8 +11,12 @@ CHECKPOINT ?= $(DEMO)/checkpoint
 CLIP       ?= $(firstword $(sort $(wildcard $(DATA)/videos/*.mp4)))
 QUESTIONS  ?= "How many instruments are sounding in the video?" "Is the violin in the video always playing?"
 
+ENCODERS   ?= mcd_edu/weights/encoders
+
 WORKERS     ?= 2
 PYTEST_ARGS ?=
+# nbdev leaves one blank line after the imports of a module, and none after `from __future__`
+EXPORTED_IMPORTS := --config lint.isort.lines-after-imports=1 --config 'lint.isort.no-lines-before=["standard-library"]'
 
 .PHONY: help env demo test lint lab export notebooks readme samples
 
@@ -36,7 +40,7 @@ test: lint  ## run every check: lint, tests, each notebook from a fresh kernel
 
 lint: env  ## check the code, and that notebooks, package and README agree
 	$(BIN)/ruff check
-	$(BIN)/ruff check --isolated --select I --line-length 100 --config lint.isort.lines-after-imports=1 mcd_edu
+	$(BIN)/ruff check --isolated --select I --line-length 100 $(EXPORTED_IMPORTS) mcd_edu
 	$(BIN)/python tools/notebooks.py check
 
 lab: env  ## open the notebooks
@@ -55,4 +59,4 @@ readme: env  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/notebooks.py readme
 
 samples: env  ## make the sample clips anew
-	$(BIN)/mcd-edu samples $(DATA)
+	$(BIN)/python -c "from mcd_edu.samples.sample_set import build_sample_set; build_sample_set('$(DATA)', '$(ENCODERS)')"

@@ -39,7 +39,7 @@ setup(
         *(f"Programming Language :: Python :: {python}" for python in pythons),
     ],
     packages=find_packages(include=[settings["lib_path"], settings["lib_path"] + ".*"]),
-    package_data={"": settings["package_data"].split()},
+    package_data={settings["lib_path"]: settings["package_data"].split()},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,

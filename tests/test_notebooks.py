@@ -105,7 +105,8 @@ def problems_of(path: Path, root: Path) -> list[str]:
 
 @each_notebook
 def test_notebook_is_tidy(path):
-    assert problems_of(path, ROOT) == []
+    problems = problems_of(path, ROOT)
+    assert not problems, "\n".join(problems)
 
 
 # Each notebook, run ----------------------------------------------------------------------------
@@ -133,10 +134,11 @@ def test_notebook_runs(path, copied_root, tmp_path):
 @pytest.mark.parametrize("path", PARAMETER_FILES,
                          ids=[path.relative_to(ROOT).as_posix() for path in PARAMETER_FILES])
 def test_parameter_file_fits_its_notebook(path):
-    name = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-    assert (ROOT / name).suffix == ".ipynb", "the first line must name the notebook: # nbs/….ipynb"
-    check_parameters(nbformat.read(ROOT / name, as_version=4), read_parameters(path))
-    assert path.parent.name != "smoke" or path.stem == Path(name).stem
+    found = re.match(r"# (nbs/\S+\.ipynb)\b", path.read_text(encoding="utf-8"))
+    assert found, "the first line must name the notebook: # nbs/….ipynb"
+    notebook = ROOT / found[1]
+    check_parameters(nbformat.read(notebook, as_version=4), read_parameters(path))
+    assert path.parent.name != "smoke" or path.stem == notebook.stem
 
 
 # The checks themselves -------------------------------------------------------------------------
