@@ -208,7 +208,7 @@ class TextEncoder(nn.Module):
     ):
         super().__init__()
         self.words = nn.Embedding(vocab_size, embed_dim, padding_idx=0)
-        self.positions = nn.Parameter(torch.randn(max_tokens, embed_dim) * 0.02)
+        self.positions = nn.Parameter(torch.randn(max_tokens, embed_dim))   # as large as a word
         self.layers = nn.ModuleList(TextLayer(embed_dim, num_heads, dropout)
                                     for _ in range(num_layers))
         self.norm = nn.LayerNorm(embed_dim)

@@ -1,0 +1,387 @@
+"""The command line: results on standard output, every expected error one line that helps."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mcd_edu import __version__
+from mcd_edu.cli import describe, main, printable, score_table
+from mcd_edu.data import Vocabulary
+from mcd_edu.inference import WEIGHTS, Answerer, Reply
+from mcd_edu.media import write_video
+from mcd_edu.model import MCD, MCDConfig
+from mcd_edu.samples import sample_set
+from mcd_edu.samples.sample_set import SampleSetConfig, split_scenes, write_annotations
+from mcd_edu.training import save_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTION = "How many instruments are sounding in the video?"
+
+
+@pytest.fixture
+def call(capfd):
+    """Run a command line in this process: exit code, standard output, standard error."""
+    def run(*arguments):
+        capfd.readouterr()
+        try: main([str(argument) for argument in arguments])
+        except SystemExit as stop: code = stop.code
+        else: code = 0
+        return code, *capfd.readouterr()
+    return run
+
+
+@pytest.fixture
+def shipped(monkeypatch, untrained):
+    """Let the untrained parts stand in for the shipped ones."""
+    load = Answerer.load.__func__
+    def stand_in(cls, checkpoint=untrained / "model", encoders=untrained / "encoders"):
+        return load(cls, checkpoint, encoders)
+    monkeypatch.setattr(Answerer, "load", classmethod(stand_in))
+
+
+# ---- answers
+
+def test_answer_for_a_person(call, shipped, clip):
+    code, out, err = call("answer", clip, QUESTION, "Is there a zither?", "violin " * 500)
+    assert code == 0 and err == ""
+    first, second, third = out.strip().split("\n\n")
+    assert first.startswith(f"Q: {QUESTION}\nA: ") and "; then " in first
+    assert "looks at second " in first and "listens to second " in first
+    assert "words never seen in training: zither" in second and "note" not in second
+    assert third.endswith("note: only the first 20 of 500 words were read")
+    assert max(map(len, out.splitlines())) < 250
+
+
+def test_answer_for_a_program(call, shipped, clip, untrained):
+    code, out, err = call("answer", clip, QUESTION, "Où est le violon \x1b[0m?", "--json",
+                          "--top", 2)
+    assert code == 0 and err == ""
+    answerer = Answerer.load(untrained / "model", untrained / "encoders")
+    replies = answerer.ask(answerer.watch(clip), [QUESTION, "Où est le violon \x1b[0m?"], top=2)
+    assert json.loads(out) == json.loads(json.dumps([asdict(reply) for reply in replies]))
+    assert out.isascii()
+
+
+def test_a_terminal_is_not_touched_by_what_was_typed(call, shipped, clip):
+    code, out, _ = call("answer", clip, "Is\nthere \x1b[2J\x07 a \udcffviolin?")
+    assert code == 0 and "Q: Is there ?[2J? a ?violin?\n" in out
+    assert "\x1b" not in out and "\x07" not in out
+
+
+@pytest.mark.parametrize("name", [
+    "with space.mp4", "Ström 提琴 🎻.mp4", "a:b%03d.mp4", "'q\"&;$x.mp4", "two\nlines.mp4",
+    "noextension", "concat:x|y"])
+def test_a_video_may_have_any_name(call, shipped, clip, tmp_path, monkeypatch, name):
+    shutil.copy(clip, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("answer", name, QUESTION)
+    assert code == 0 and err == "" and QUESTION in out
+
+
+def test_describe_leaves_out_what_is_not_there():
+    reply = Reply("Why?", "yes", 1., (), (3,), (0,), (1.,), (1.,), (3,), ())
+    assert describe(reply) == "Q: Why?\nA: yes (100%)\n   looks at second 3; listens to second 0"
+    assert "note: cut" in describe(replace(reply, note="cut"))
+    assert len(describe(replace(reply, question="x" * 5000, unknown=("y" * 5000,)))) < 600
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\nb\r\n c", "a b c"), ("\x1b[1m\0", "?[1m?"), ("é提\u202e", "é提?"),
+    ("x" * 30, "x" * 9 + " ...")])
+def test_printable(text, shown):
+    assert printable(text, longest=9 if text[0] == "x" else 100) == shown
+
+
+# ---- help, version, usage
+
+def test_help_and_version(call):
+    code, out, err = call("--help")
+    assert code == 0 and err == "" and out == call()[1]
+    assert all(name in out for name in ("answer", "samples", "train", "evaluate", "--version"))
+    assert call("--version") == (0, f"mcd-edu {__version__}\n", "")
+    for name in ("answer", "samples", "train", "evaluate"):
+        code, out, _ = call(name, "--help")
+        assert code == 0 and "--debug" in out
+
+
+@pytest.mark.parametrize("line", [
+    "ansver x.mp4 Why?", "answer", "answer x.mp4", "answer x.mp4 Why? --top 0", "samples",
+    "answer x.mp4 Why? --top many", "answer x.mp4 Why? --nope", "samples --out x --clips 3",
+    "--nope", "train x", "train x --out y --epochs 0", "evaluate"])
+def test_wrong_usage_is_one_line_and_exit_code_2(call, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*line.split())
+    assert code == 2 and out == "" and list(tmp_path.iterdir()) == []
+    assert err.startswith("error: ") and err.endswith(" (see mcd-edu --help)\n")
+    assert err.count("\n") == 1
+
+
+def test_help_loads_nothing_heavy():
+    check = "import sys, mcd_edu.cli; print({'torch', 'av', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True,
+                          cwd=ROOT, check=True)
+    assert done.stdout == "set()\n"
+
+
+# ---- bad input
+
+def write_tracks(path, picture=True, sound=True, frames=8):
+    """An mp4 that may lack a track."""
+    with av.open(str(path), "w") as container:
+        if picture: video = container.add_stream("libx264", rate=4)
+        if sound: audio = container.add_stream("aac", rate=16_000, layout="mono")
+        if picture: video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        container.start_encoding()                     # else a file without frames is not written
+        if picture:
+            black = np.zeros((32, 32, 3), np.uint8)
+            for _ in range(frames):
+                container.mux(video.encode(av.VideoFrame.from_ndarray(black, "rgb24")))
+            container.mux(video.encode())
+        if sound:
+            for i in range(frames * 4):
+                silence = np.zeros((1, 1000), np.float32)
+                samples = av.AudioFrame.from_ndarray(silence, "fltp", "mono")
+                samples.sample_rate, samples.pts = 16_000, 1000 * i
+                container.mux(audio.encode(samples))
+            container.mux(audio.encode())
+
+
+def write_checkpoint(folder, **changes):
+    """A checkpoint of a tiny model with another configuration."""
+    vocabulary = Vocabulary(["violin"])
+    sizes = {"vocab_size": len(vocabulary), "embed_dim": 8, "num_heads": 2}
+    config = MCDConfig(**{**sizes, **changes})
+    save_checkpoint(folder, MCD(config), vocabulary, {"keywords": ["violin"]})
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, untrained, clip):
+    """A folder of things that people type."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "text.mp4").write_text("not a film")
+    (folder / "empty.mp4").touch()
+    (folder / "half.mp4").write_bytes(clip.read_bytes()[:clip.stat().st_size // 2])
+    (folder / "folder").mkdir()
+    (folder / "line\nbreak.mp4").write_text("not a film")
+    write_tracks(folder / "mute.mp4", sound=False)
+    write_tracks(folder / "blind.mp4", picture=False)
+    write_tracks(folder / "zero.mp4", frames=0)
+    for name in ("no_weights", "no_config", "cut", "not_json", "list", "swapped", "no_keywords"):
+        shutil.copytree(untrained / "model", folder / name)
+    (folder / "no_weights" / "model.safetensors").unlink()
+    (folder / "no_config" / "config.json").unlink()
+    weights = (untrained / "model" / "model.safetensors").read_bytes()
+    (folder / "cut" / "model.safetensors").write_bytes(weights[:1000])
+    (folder / "not_json" / "config.json").write_text("{")
+    (folder / "list" / "config.json").write_text("[1, 2]")
+    config = json.loads((untrained / "model" / "config.json").read_text())
+    (folder / "no_keywords" / "config.json").write_text(json.dumps({**config, "about": {}}))
+    write_checkpoint(folder / "other")
+    shutil.copy(folder / "other" / "model.safetensors", folder / "swapped")
+    write_checkpoint(folder / "wide", visual_dim=2048)
+    write_checkpoint(folder / "answers", num_answers=7)
+    write_checkpoint(folder / "words", vocab_size=9)
+    return folder
+
+
+BAD_INPUT = {   # arguments behind `answer` → what the error must say
+    "no such file": (["none.mp4", QUESTION], "none.mp4: no such file; give"),
+    "a folder": (["folder", QUESTION], "folder"),
+    "a text file": (["text.mp4", QUESTION], "text.mp4: not a video that can be read"),
+    "an empty file": (["empty.mp4", QUESTION], "empty.mp4: "),
+    "a truncated file": (["half.mp4", QUESTION], "copy"),
+    "no sound": (["mute.mp4", QUESTION], "mute.mp4: has no sound track"),
+    "no picture": (["blind.mp4", QUESTION], "blind.mp4: has no picture track"),
+    "no frames": (["zero.mp4", QUESTION], "zero.mp4: has no"),
+    "no frames allowed": (["zero.mp4", QUESTION, "--allow-missing"], "zero.mp4: has"),
+    "a line break in the name": (["line\nbreak.mp4", QUESTION], "line break.mp4: not a video"),
+    "an address": (["https://example.org/x.mp4", QUESTION], "no such file"),
+    "an empty question": (["CLIP", ""], "has no words; ask something like"),
+    "one of two questions empty": (["CLIP", QUESTION, " ?"], "question ' ?' has no words"),
+    "no checkpoint": (["CLIP", QUESTION, "--checkpoint", "none"], "none: no checkpoint there"),
+    "a checkpoint that is a file": (["CLIP", QUESTION, "--checkpoint", "text.mp4"],
+                                    "text.mp4: no checkpoint there"),
+    "no weights": (["CLIP", QUESTION, "--checkpoint", "no_weights"], "model.safetensors is miss"),
+    "no configuration": (["CLIP", QUESTION, "--checkpoint", "no_config"], "config.json is missing"),
+    "cut weights": (["CLIP", QUESTION, "--checkpoint", "cut"], "cut/model.safetensors: unreadable"),
+    "configuration no JSON": (["CLIP", QUESTION, "--checkpoint", "not_json"], "not_json"),
+    "configuration a list": (["CLIP", QUESTION, "--checkpoint", "list"], "list"),
+    "weights of another": (["CLIP", QUESTION, "--checkpoint", "swapped"], "another configuration"),
+    "no keywords": (["CLIP", QUESTION, "--checkpoint", "no_keywords"], 'no list of "keywords"'),
+    "other encoders": (["CLIP", QUESTION, "--checkpoint", "wide"], "width 2048, here it is 192"),
+    "other answers": (["CLIP", QUESTION, "--checkpoint", "answers"], "answers of length 7"),
+    "other words": (["CLIP", QUESTION, "--checkpoint", "words"], "a vocabulary of size 9"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line(call, shipped, bad, clip, monkeypatch, arguments, message):
+    monkeypatch.chdir(bad)
+    before = sorted(bad.rglob("*"))
+    code, out, err = call("answer", *(clip if a == "CLIP" else a for a in arguments))
+    assert code == 1 and out == ""
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert message in err and "Traceback" not in err and len(err) < 300
+    assert sorted(bad.rglob("*")) == before                    # nothing half-written stays
+
+
+def test_debug_shows_where_an_error_came_from(shipped, bad):
+    with pytest.raises(ValueError, match="not a video"):
+        main(["answer", str(bad / "text.mp4"), QUESTION, "--debug"])
+
+
+def test_a_mistake_of_ours_stays_loud(shipped, clip, monkeypatch):
+    def broken(*_): raise RuntimeError("ours")
+    monkeypatch.setattr(Answerer, "ask", broken)
+    with pytest.raises(RuntimeError, match="ours"): main(["answer", str(clip), QUESTION])
+
+
+def test_ctrl_c_is_no_traceback(call, shipped, clip, monkeypatch):
+    def stopped(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(Answerer, "ask", stopped)
+    code, out, err = call("answer", clip, QUESTION)
+    assert code == 130 and out == "" and err.strip() == "error: stopped"
+
+
+@pytest.mark.parametrize("name", ["mute.mp4", "blind.mp4"])
+def test_a_missing_track_can_be_allowed(call, shipped, bad, name):
+    code, out, err = call("answer", bad / name, QUESTION, "--allow-missing")
+    assert code == 0 and err == "" and QUESTION in out
+
+
+@pytest.mark.parametrize("seconds, starts", [(1, [0]), (600, [0, 67, 133, 200, 266, 333, 399, 466,
+                                                              532, 599])])
+def test_one_second_and_ten_minutes(call, shipped, tmp_path, seconds, starts):
+    path, frames = tmp_path / "x.mp4", np.zeros((seconds, 32, 32, 3), np.uint8)
+    write_video(path, frames, np.zeros(seconds * 16_000, np.float32), fps=1)
+    code, out, err = call("answer", path, QUESTION, "--json")
+    assert code == 0 and err == "" and json.loads(out)[0]["seconds"] == starts
+
+
+def test_the_real_command_line(untrained, clip, bad):
+    """In a process of its own, from another folder: an answer, and an error without traceback."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from mcd_edu.cli import main; main()", "answer"]
+    def run(*arguments):
+        return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True,
+                              cwd=bad, env=environment, timeout=120)
+    done = run(clip, QUESTION, "--checkpoint", untrained / "model", "--json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert json.loads(done.stdout)[0]["question"] == QUESTION
+    failed = run("text.mp4", QUESTION, "--checkpoint", untrained / "model")
+    assert failed.returncode == 1 and failed.stdout == ""
+    assert failed.stderr.startswith("error: text.mp4: not a video"), failed.stderr
+    assert failed.stderr.count("\n") == 1
+
+
+# ---- samples
+
+def test_samples_passes_its_options_on(call, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(sample_set, "build_sample_set", lambda *arguments: seen.append(arguments))
+    code, out, err = call("samples", "--out", tmp_path / "x")
+    assert code == 0 and err == ""
+    assert out.startswith("1800 clips to train on, 150 to choose on, 300")
+    code, *_ = call("samples", "--out", tmp_path / "y", "--clips", 15, "--videos", 2, "--seed", 3,
+                    "--workers", 1, "--encoders", tmp_path, "--assets", tmp_path / "z")
+    assert code == 0
+    assert seen == [(tmp_path / "x", WEIGHTS / "encoders", SampleSetConfig(), None, 2),
+                    (tmp_path / "y", tmp_path, SampleSetConfig(12, 1, 2, num_videos=2, seed=3),
+                     tmp_path / "z", 1)]
+
+
+# ---- train and evaluate
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small data set of the real layout with random features."""
+    folder = tmp_path_factory.mktemp("data")
+    config = SampleSetConfig(num_train=6, num_val=2, num_test=3, per_video=5)
+    scenes = split_scenes(config)
+    write_annotations(scenes, folder, config)
+    generator = np.random.default_rng(0)
+    for kind, width in (("visual", 12), ("audio", 8)):
+        (folder / "feats" / f"small_{kind}").mkdir(parents=True)
+        for clips in scenes.values():
+            for scene in clips:
+                feature = generator.normal(size=(10, width)).astype(np.float16)
+                np.save(folder / "feats" / f"small_{kind}" / f"{scene.video_id}.npy", feature)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    main(["train", str(data), "--out", str(folder), "--epochs", "2"])
+    return folder
+
+
+def test_train_leaves_a_checkpoint(call, data, trained, tmp_path):
+    config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
+    assert (config["model"]["visual_dim"], config["model"]["audio_dim"]) == (12, 8)
+    assert config["about"]["keywords"] and config["about"]["training"]["epochs"] == 2
+    code, out, _ = call("train", data, "--out", tmp_path, "--epochs", 1, "--clips", 2, "--seed", 5,
+                        "--modalities", "none", "--head", "late_fusion")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert code == 0 and f"% right on val; the checkpoint is in {tmp_path}" in out
+    assert (config["model"]["modalities"], config["model"]["head"]) == ("none", "late_fusion")
+    assert config["about"]["training"]["seed"] == 5
+
+
+def test_a_training_goes_on_where_it_was(call, data, trained):
+    before = load_file(trained / "model.safetensors")
+    code, *_ = call("train", data, "--out", trained, "--epochs", 2)
+    after = load_file(trained / "model.safetensors")
+    assert code == 0 and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluate_for_a_person_and_for_a_program(call, data, trained):
+    code, out, err = call("evaluate", data, "--checkpoint", trained)
+    assert code == 0 and err == "" and out.startswith("15 questions about 3 videos\n")
+    assert "micro (all questions)" in out and "mean of the 9 types" in out
+    code, out, err = call("evaluate", data, "--checkpoint", trained, "--json")
+    found = json.loads(out)
+    assert code == 0 and err == "" and found["questions"] == 15 and found["videos"] == 3
+    value, low, high = found["per cent, from, to"]["micro (all questions)"]
+    assert 0 <= low <= value <= high <= 100
+    _, shuffled, _ = call("evaluate", data, "--checkpoint", trained, "--shuffle-videos", "--json")
+    assert json.loads(shuffled)["questions"] == 15
+    code, out, _ = call("evaluate", data, "--checkpoint", trained, "--split", "val")
+    assert code == 0 and out.startswith("10 questions about 2 videos")
+
+
+def test_types_without_questions_are_none():
+    assert score_table({"A": [50., 40., 60.], "B": None}).splitlines()[1:] == [
+        f"{'A':24}  50.0 %   40.0 to 60.0", f"{'B':24}    none"]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("train none --out new", "none/json/avqa-train.json: no such annotation file"),
+    ("train DATA --out new --head early", "head='early': choose one of clue_only, late_fusion"),
+    ("train DATA --out new --modalities smell", "modalities='smell': choose one of"),
+    ("train DATA --out new --visual resnet", "features are missing"),
+    ("train DATA --out TRAINED --epochs 5", "a training with other settings; give another"),
+    ("evaluate DATA --checkpoint none", "none: no checkpoint there"),
+    ("evaluate DATA --checkpoint TRAINED --split tset", "avqa-tset.json: no such annotation file"),
+    ("evaluate EMPTY --checkpoint TRAINED", "holds no question; choose another split"),
+    ("evaluate DATA --checkpoint UNTRAINED", "features of width 12"),
+])
+def test_bad_data_is_one_line(call, data, trained, untrained, tmp_path, monkeypatch, line, message):
+    (tmp_path / "empty" / "json").mkdir(parents=True)
+    (tmp_path / "empty" / "json" / "avqa-test.json").write_text("[]")
+    places = {"DATA": data, "TRAINED": trained, "EMPTY": tmp_path / "empty",
+              "UNTRAINED": untrained / "model"}
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*(places.get(word, word) for word in line.split()))
+    assert code == 1 and out == "" and not (tmp_path / "new").exists()
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
