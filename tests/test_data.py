@@ -346,7 +346,7 @@ def test_damaged_files_give_a_data_error_or_an_array(tmp_path_factory, data):
         try:
             feature = read_feature(path)
         except DataError as error:
-            assert "\n" not in str(error) or "shape" in str(error)
+            assert "\n" not in str(error)
         else:
             assert feature.ndim == 2 and np.isfinite(feature).all()
 
@@ -490,7 +490,7 @@ def test_a_seed_gives_the_same_batches_each_time(data):
     other = list(data.batches(2, 2, seed=5))
     assert all(same(*pair) for pair in zip(first, again, strict=True))
     assert all(same(*pair) for pair in zip(first, other, strict=True))
-    orders = {tuple(int(q) for batch in data.batches(2, 2, seed) for q in batch.question_ids.ravel())
+    orders = {str([batch.question_ids.tolist() for batch in data.batches(2, 2, seed)])
               for seed in range(6)}
     assert len(orders) > 4
 

@@ -117,6 +117,18 @@ def watch(model, visual, audio):
     return low, high
 
 
+def element_of(fusion, place, object_, low, high):
+    "What the object in a place writes, [e_v ; e_a]."
+    query, found = norm(fusion.objects_norm, object_), []
+    for i, box in enumerate(fusion.boxes):
+        find = attend(box, query, low[i] + high[i])[0]
+        if fusion.gates:
+            gate = fusion.gates[i]
+            find = norm(gate.find_norm, find) * (1 + linear(gate.choose, query))
+        found.append(object_ + find)
+    return torch.cat(found) * (1 if fusion.places is None else fusion.places[place])
+
+
 def answer_by_hand(model, visual, audio, tokens, objects):
     "Logits a, pooled question d and clues s h l t of one question about one video, unpadded."
     low, high = watch(model, visual, audio)
@@ -134,9 +146,7 @@ def answer_by_hand(model, visual, audio, tokens, objects):
     fusion, element = model.fusion, torch.zeros(2 * model.config.embed_dim, dtype=visual.dtype)
     if objects:
         its = [linear(model.project_objects, x) for x in read(model.text, objects)]
-        element = torch.cat([
-            sum(o + attend(box, norm(fusion.objects_norm, o), low[i] + high[i])[0] for o in its)
-            / len(its) for i, box in enumerate(fusion.boxes)])
+        element = sum(element_of(fusion, n, o, low, high) for n, o in enumerate(its)) / len(its)
     words = [norm(fusion.question_norm, q + linear(fusion.write, element)) for q in words]
     question = pooled = sum(words) / len(words)
     if model.config.head == "late_fusion":
@@ -146,7 +156,9 @@ def answer_by_hand(model, visual, audio, tokens, objects):
     return logits, question, torch.stack(clues)
 
 
-@pytest.mark.parametrize("changes", [{}, {"head": "late_fusion"}, {"num_blocks": 0}])
+@pytest.mark.parametrize("changes", [
+    {}, {"head": "late_fusion"}, {"num_blocks": 0},
+    {"gated_objects": False, "ordered_objects": False}])
 def test_equals_the_equations(case, changes):
     model = build(**changes).double()
     case.update(visual=case["visual"].double(), audio=case["audio"].double())
@@ -262,7 +274,7 @@ def test_a_question_hears_its_own_objects_and_video_only(case):
 
 
 def test_order_of_segments_and_of_words_matters(case):
-    model, before = build(), None
+    model = build()
     before = run(model, case).logits
     turned = run(model, case, visual=case["visual"].flip(1), audio=case["audio"].flip(1), mask=None)
     assert (turned.logits[0] - before[0]).abs().max() > 1e-4
@@ -332,7 +344,8 @@ def test_distillation_reaches_question_and_features(case, name, part):
     answer = model.answer(state, case["tokens"], case["objects"])
     mcd_losses(model, state, answer, torch.zeros(b, k, dtype=torch.long))[name].backward()
     reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    for prefix in f"distillation.{part}", "distillation.to_question", "text", "aggregator", "fusion":
+    parts = f"distillation.{part}", "distillation.to_question", "text", "aggregator", "fusion"
+    for prefix in parts:
         assert any(n.startswith(prefix) for n in reached), prefix
     assert not any(n.startswith("head") for n in reached)
 
@@ -341,7 +354,8 @@ def test_losses_by_name_and_in_total(case):
     model = build(weight_av=0.3, weight_kd=0.7)
     state = model.encode_video(case["visual"], case["audio"], case["mask"])
     answer = model.answer(state, case["tokens"], case["objects"])
-    right, there = torch.randint(5, (b, k)), torch.tensor([[True, True, False], [True, False, False]])
+    there = torch.tensor([[True, True, False], [True, False, False]])
+    right = torch.randint(5, (b, k))
     losses = mcd_losses(model, state, answer, right, there)
     assert list(losses) == ["total", "ce", "av", "qv", "qa"]
     by_hand = [-(answer.logits[i, j].exp()[right[i, j]] / answer.logits[i, j].exp().sum()).log()
