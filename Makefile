@@ -8,17 +8,17 @@ NOTEBOOKS  = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/
 DATA       ?= data_samples/music_avqa
 DEMO       ?= runs/demo
 CHECKPOINT ?= $(DEMO)/checkpoint
-CLIP       ?= $(firstword $(sort $(wildcard $(DATA)/videos/*.mp4)))
-QUESTIONS  ?= "How many instruments are sounding in the video?" "Is the violin in the video always playing?"
+CLIP       ?= $(DATA)/videos/00001952.mp4
+QUESTIONS  ?= "How many instruments are sounding in the video?" "Is there a voiceover?" "Where is the last sounding instrument?" "Is the piano louder than the tuba?"
 
-ENCODERS   ?= mcd_edu/weights/encoders
+NOTEBOOK    = PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/python tools/notebooks.py run
 
 WORKERS     ?= 2
 PYTEST_ARGS ?=
 # nbdev leaves one blank line after the imports of a module, and none after `from __future__`
 EXPORTED_IMPORTS := --config lint.isort.lines-after-imports=1 --config 'lint.isort.no-lines-before=["standard-library"]'
 
-.PHONY: help env demo test lint lab export notebooks readme samples
+.PHONY: help env demo test lint lab export notebooks readme samples encoders weights results
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,7 +32,7 @@ $(INSTALLED): settings.ini setup.py pyproject.toml
 	touch $@
 
 demo: env  ## train on the shipped clips, then ask two questions about one of them
-	PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/python tools/notebooks.py run nbs/train/music_avqa.ipynb $(DEMO)/music_avqa.ipynb -f params/demo.yaml
+	$(NOTEBOOK) nbs/train/music_avqa.ipynb $(DEMO)/music_avqa.ipynb -f params/demo.yaml
 	$(BIN)/mcd-edu answer $(CLIP) $(QUESTIONS) --checkpoint $(CHECKPOINT)
 
 test: lint  ## run every check: lint, tests, each notebook from a fresh kernel
@@ -40,7 +40,7 @@ test: lint  ## run every check: lint, tests, each notebook from a fresh kernel
 
 lint: env  ## check the code, and that notebooks, package and README agree
 	$(BIN)/ruff check
-	$(BIN)/ruff check --isolated --select I --line-length 100 $(EXPORTED_IMPORTS) mcd_edu
+	$(BIN)/ruff check --isolated --select I --line-length 130 $(EXPORTED_IMPORTS) mcd_edu
 	$(BIN)/python tools/notebooks.py check
 
 lab: env  ## open the notebooks
@@ -58,5 +58,14 @@ notebooks: env  ## execute all notebooks in place, keeping their outputs
 readme: env  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/notebooks.py readme
 
-samples: env  ## make the sample clips anew
-	$(BIN)/python -c "from mcd_edu.samples.sample_set import build_sample_set; build_sample_set('$(DATA)', '$(ENCODERS)')"
+samples: env  ## make the sample clips anew, where they are missing
+	$(BIN)/mcd-edu samples --out $(DATA)
+
+encoders: env  ## train the shipped encoders anew
+	$(NOTEBOOK) nbs/train/encoders.ipynb runs/encoders/encoders.ipynb -f params/encoders.yaml
+
+weights: env  ## train the shipped model anew
+	$(NOTEBOOK) nbs/train/music_avqa.ipynb runs/weights/music_avqa.ipynb -f params/sample.yaml
+
+results: env  ## run the trainings whose result files are missing, then show all results
+	$(NOTEBOOK) nbs/experiments/sample_results.ipynb runs/results/sample_results.ipynb -f params/results.yaml

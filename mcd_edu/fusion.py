@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .layers import KeysValues, MultiHeadAttention, check_mask, check_width, masked_mean
 
-# %% ../nbs/07_fusion.ipynb #f415c157
+# %% ../nbs/07_fusion.ipynb #de27cca2
 class ObjectGate(nn.Module):
     "An object takes of a find what concerns it: LN(find) ⊙ (1 + G object). [O]"
     def __init__(self,
@@ -22,21 +22,22 @@ class ObjectGate(nn.Module):
         self.find_norm, self.choose = nn.LayerNorm(embed_dim), nn.Linear(embed_dim, embed_dim)
 
     def forward(self,
-        objects:Tensor, # what asks, b n d
+        objects:Tensor, # what asks, after its layer norm, b n d
         finds:Tensor,   # what its box found, b n d
-    ) -> Tensor: # b n d
+    ) -> Tensor: # what of the find concerns the object, b n d
         "A product of the two: the violin's loudness, not everybody's."
         return self.find_norm(finds) * (1 + self.choose(objects))
 
+# %% ../nbs/07_fusion.ipynb #52a20b50
 class LocalElementFusion(nn.Module):
     "Text objects look at both levels; what they find joins every question token. [P][F], box [O]"
     def __init__(self,
-        embed_dim:int,    # width d
-        num_heads:int=4,  # heads h of each box
-        dropout:float=0., # share of the attention weights dropped in training
-        gated:bool=True,  # does an object choose what to take of a find? ours; False: all of it
-        ordered:bool=True, # does the place of an object count? ours; False: a plain mean
-        max_objects:int=8, # places there are
+        embed_dim:int,     # width d
+        num_heads:int=4,   # heads h of each box
+        dropout:float=0.,  # share of the attention weights dropped in training
+        gated:bool=True,   # does an object choose what to take of a find? [O]; False: all of it
+        ordered:bool=True, # does the place of an object count? [O]; False: a plain mean
+        max_objects:int=8, # how many places there are, if they count
     ):
         super().__init__()
         self.embed_dim, self.objects_norm = embed_dim, nn.LayerNorm(embed_dim)

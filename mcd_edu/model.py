@@ -22,7 +22,7 @@ from .layers import KeysValues, check_mask, masked_mean
 # %% auto #0
 __all__ = ['MCDConfig', 'VideoState', 'Answer', 'PredictionHead', 'Standardise', 'MCD', 'mcd_losses']
 
-# %% ../nbs/09_model.ipynb #c79d9a0c
+# %% ../nbs/09_model.ipynb #063e477d
 @dataclass(frozen=True)
 class MCDConfig:
     "Every choice of the model that a reader may change; defaults for the sample set. [O]"
@@ -120,7 +120,7 @@ class Standardise(nn.Module):
         "As they are, until `fit` was called."
         return (features - self.mean) / self.spread
 
-# %% ../nbs/09_model.ipynb #7c01ccf9
+# %% ../nbs/09_model.ipynb #38d06fae
 class MCD(nn.Module):
     "Mutual Correlation Distillation, whole. [P][F], reconstructed."
     def __init__(self,

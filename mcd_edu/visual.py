@@ -26,7 +26,7 @@ from .inference import Reply
 from .media import Segments
 from .samples.scenes import DURATION, Scene
 
-# %% ../nbs/13_visual.ipynb #aadb61c0
+# %% ../nbs/13_visual.ipynb #10f096ce
 COLORS = {"visual": "#d9731a", "audio": "#12917c", "text": "#5752d1", "training": "#c2316b",
           "show": "#2563d9", "ink": "#1f2933", "quiet": "#5f6c7b", "faint": "#c3ccd6"}
 
@@ -36,7 +36,8 @@ MODEL_COLORS = {"MCD": COLORS["show"], "late fusion": COLORS["training"],
                 "shuffled videos": COLORS["faint"]}
 
 SPARE_COLORS = ("#8a6d1d", "#0e7490", "#7c2d12", "#4d7c0f", "#9d5cc9")   # for other models
-AXIS = dict(gridcolor="#e8edf3", linecolor="#e8edf3", zerolinecolor="#e8edf3", automargin=True)
+AXIS = dict(gridcolor="#e8edf3", linecolor="#e8edf3", zerolinecolor="#e8edf3", ticks="",
+            title_standoff=8, automargin=True)
 
 TEMPLATE = dict(layout=dict(paper_bgcolor="white", plot_bgcolor="white", xaxis=AXIS, yaxis=AXIS,
                             hovermode="closest", title_x=.05))   # plotly_white, a tenth its size
@@ -245,7 +246,7 @@ def compare_clues(
     fig.update_layout(width=720, height=130 + 30 * len(replies), margin_b=55)
     return fig.update_xaxes(title="second", **second_axis(replies[0].seconds))
 
-# %% ../nbs/13_visual.ipynb #f7216840
+# %% ../nbs/13_visual.ipynb #e6fe44ac
 LOSSES = {"total": ("total", "ink"), "ce": ("answer", "show"), "av": ("visual–audio", "training"),
           "qv": ("question–visual", "visual"), "qa": ("question–audio", "audio")}
 
@@ -269,7 +270,7 @@ def plot_history(
                     text=[f"{val[best]:.1f} %"], textposition="bottom center", showlegend=False,
                     marker=dict(color=COLORS["show"], size=10), row=1, col=2)
     fig.update_yaxes(rangemode="tozero").update_yaxes(ticksuffix=" %", row=1, col=2)
-    fig.update_layout(height=300, legend=dict(orientation="h", y=-.25))
+    fig.update_layout(height=320, legend=dict(orientation="h", y=-.32), margin_b=80)
     return fig.update_xaxes(title="epoch")
 
 # %% ../nbs/13_visual.ipynb #737ac01b

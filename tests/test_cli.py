@@ -367,14 +367,14 @@ def test_types_without_questions_are_none():
 
 @pytest.mark.parametrize("line, message", [
     ("train none --out new", "none/json/avqa-train.json: no such annotation file"),
-    ("train DATA --out new --head early", "head='early': choose one of clue_only, late_fusion"),
-    ("train DATA --out new --modalities smell", "modalities='smell': choose one of"),
+    ("train DATA --out new --head early", "head='early'"),
+    ("train DATA --out new --modalities smell", "modalities='smell'"),
     ("train DATA --out new --visual resnet", "features are missing"),
     ("train DATA --out TRAINED --epochs 5", "a training with other settings; give another"),
     ("evaluate DATA --checkpoint none", "none: no checkpoint there"),
     ("evaluate DATA --checkpoint TRAINED --split tset", "avqa-tset.json: no such annotation file"),
     ("evaluate EMPTY --checkpoint TRAINED", "holds no question; choose another split"),
-    ("evaluate DATA --checkpoint UNTRAINED", "features of width 12"),
+    ("evaluate DATA --checkpoint UNTRAINED", "use the encoder it was trained with"),
 ])
 def test_bad_data_is_one_line(call, data, trained, untrained, tmp_path, monkeypatch, line, message):
     (tmp_path / "empty" / "json").mkdir(parents=True)

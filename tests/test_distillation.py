@@ -8,8 +8,18 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mcd_edu.distillation import (
-    Projection, SemanticApproximation, SharedSpace, approximation_loss, association_loss,
-    contrastive_loss, same_video, similarities, unit, video_numbers, weighted_mean)
+    Projection,
+    SemanticApproximation,
+    SharedSpace,
+    approximation_loss,
+    association_loss,
+    contrastive_loss,
+    same_video,
+    similarities,
+    unit,
+    video_numbers,
+    weighted_mean,
+)
 
 b, k, t, d, s = 4, 3, 5, 8, 6
 

@@ -228,7 +228,7 @@ def test_convolution():
     ((1, 3, 128, 128, 3), torch.uint8), ((1, 4, 3, 128, 128), torch.uint8),
     ((1, 4, 96, 96, 3), torch.uint8)])
 def test_wrong_pictures(encoders, shape, dtype):
-    with pytest.raises(ValueError, match="VisualEncoder: expected uint8 .*4, 128, 128, 3.*read_seg"):
+    with pytest.raises(ValueError, match="VisualEncoder: expected uint8 .*4, 128, 128, 3.*read_"):
         encoders.visual(torch.zeros(shape, dtype=dtype))
 
 

@@ -6,16 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcd_edu.fusion import LocalElementFusion
+from mcd_edu.fusion import LocalElementFusion, ObjectGate
 
 b, k, t, l, m, d = 2, 3, 5, 4, 3, 8
 
 
-@pytest.fixture
-def case():
+# every test of `case` runs as the class comes, with one of the two additions, and with neither
+@pytest.fixture(params=[(True, True), (True, False), (False, True), (False, False)],
+                ids=["both", "gated", "ordered", "neither"])
+def case(request):
     torch.manual_seed(0)
     level = lambda: (torch.randn(b, t, d), torch.randn(b, t, d))
-    fusion, low, high = LocalElementFusion(d, num_heads=2), level(), level()
+    gated, ordered = request.param
+    fusion = LocalElementFusion(d, num_heads=2, gated=gated, ordered=ordered, max_objects=m)  # as many places as objects
+    low, high = level(), level()
     for p in fusion.parameters(): torch.nn.init.normal_(p, std=.3)
     return dict(fusion=fusion, low=low, high=high, question=torch.randn(b, k, l, d),
                 objects=torch.randn(b, k, m, d),
@@ -61,16 +65,29 @@ def attend(box, query, segments):
     return linear(box.to_output, mixed)
 
 
+def gate(fusion, modality, obj, find):
+    "LN(find) times (1 + G LN(object)), number by number; the find as it is without gates."
+    if not fusion.gates: return find
+    one = fusion.gates[modality]
+    factors = linear(one.choose, layer_norm(fusion.objects_norm, obj))
+    return [x * (1 + factor) for x, factor in zip(layer_norm(one.find_norm, find), factors)]
+
+
 def by_hand(case):
     fusion, rows = case["fusion"], []
+    places = [[1.] * 2 * d] * m if fusion.places is None else fusion.places.tolist()
     for i in range(b):
         for j in range(k):
             element = []
             for modality, box in enumerate(fusion.boxes):
                 segments = [level[modality][i, s].tolist() for level in (case["low"], case["high"])
                             for s in range(t) if case["mask"][i, s]]
-                found = [[o + f for o, f in zip(obj, attend(box, layer_norm(fusion.objects_norm, obj), segments))]
-                         for obj, valid in zip(case["objects"][i, j].tolist(), case["objects_mask"][i, j]) if valid]
+                found = []
+                for n, obj in enumerate(case["objects"][i, j].tolist()):
+                    if not case["objects_mask"][i, j, n]: continue
+                    find = attend(box, layer_norm(fusion.objects_norm, obj), segments)
+                    place = places[n][modality * d:(modality + 1) * d]
+                    found += [[p * (o + f) for p, o, f in zip(place, obj, gate(fusion, modality, obj, find))]]
                 element += [sum(x) / len(found) for x in zip(*found)] if found else [0.] * d
             written = linear(fusion.write, element)
             rows += [layer_norm(fusion.question_norm, [q + w for q, w in zip(token, written)])
@@ -114,6 +131,45 @@ def test_without_objects_only_the_norm_is_left(case, objects, objects_mask):
     torch.testing.assert_close(fused, case["fusion"].question_norm(case["question"]))
 
 
+def test_the_two_additions_can_be_switched_off():
+    plain = LocalElementFusion(d, num_heads=2, gated=False, ordered=False)
+    assert not {name.split(".")[0] for name, _ in plain.named_parameters()} & {"gates", "places"}
+    both = LocalElementFusion(d, num_heads=2)
+    assert both.places.shape == (8, 2 * d) and len(both.gates) == 2, "both are on as the class comes"
+
+
+def test_a_gate_that_chooses_nothing_is_a_layer_norm():
+    gate, objects, finds = ObjectGate(d), torch.randn(b, m, d), torch.randn(b, m, d)
+    for p in gate.choose.parameters(): torch.nn.init.zeros_(p)
+    torch.testing.assert_close(gate(objects, finds), torch.nn.functional.layer_norm(finds, (d,)))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_places_of_one_are_no_places_and_more_objects_than_places_are_refused(ordered):
+    torch.manual_seed(0)
+    fusion = LocalElementFusion(d, num_heads=2, ordered=ordered, max_objects=m)
+    state = fusion.keys_values(*((torch.randn(b, t, d), torch.randn(b, t, d)) for _ in range(2)))
+    question, objects = torch.randn(b, k, l, d), torch.randn(b, k, m + 1, d)
+    if not ordered:
+        assert fusion(question, objects, state).shape == question.shape, "without places there is no limit"
+        return
+    with pytest.raises(ValueError, match=f"{m + 1} objects.*places for {m}.*raise max_objects"):
+        fusion(question, objects, state)
+    torch.nn.init.ones_(fusion.places)
+    plain = LocalElementFusion(d, num_heads=2, ordered=False)
+    plain.load_state_dict({name: p for name, p in fusion.state_dict().items() if name != "places"})
+    torch.testing.assert_close(fusion(question, objects[:, :, :m], state), plain(question, objects[:, :, :m], state))
+
+
+def test_only_a_place_that_is_filled_learns():
+    torch.manual_seed(0)
+    fusion = LocalElementFusion(d, num_heads=2, max_objects=m)
+    state = fusion.keys_values(*((torch.randn(b, t, d), torch.randn(b, t, d)) for _ in range(2)))
+    fused = fusion(torch.randn(b, k, l, d), torch.randn(b, k, m - 1, d), state)
+    (fused * torch.randn_like(fused)).sum().backward()
+    assert (fusion.places.grad.abs().sum(1) > 0).tolist() == [True] * (m - 1) + [False]
+
+
 def test_a_video_without_segments_gives_finite_output_and_gradient(case):
     mask = case["mask"].clone()
     mask[0] = False
@@ -129,6 +185,7 @@ def test_gradient_reaches_every_parameter_and_input(case):
     (run(case) * torch.randn(b, k, l, d)).sum().backward()
     for name, p in case["fusion"].named_parameters():
         assert p.grad.abs().sum() > 0, name
+    if case["fusion"].places is not None: assert (case["fusion"].places.grad.abs().sum(1) > 0).all()
     for x in inputs:
         assert x.grad.abs().sum() > 0 and x.grad.isfinite().all()
     assert (case["objects"].grad[~case["objects_mask"]] == 0).all(), "a masked object learns nothing"
@@ -143,7 +200,8 @@ def test_alone_as_in_a_batch(case):
 
 
 def test_padding_a_batch_changes_nothing(case):
-    pad = torch.nn.functional.pad
+    pad, places = torch.nn.functional.pad, case["fusion"].places
+    if places is not None: case["fusion"].places = torch.nn.Parameter(torch.cat([places, torch.randn(2, 2 * d)]))
     longer = run(case, low=tuple(pad(x, (0, 0, 0, 3), value=7.) for x in case["low"]),
                  high=tuple(pad(x, (0, 0, 0, 3), value=7.) for x in case["high"]), mask=pad(case["mask"], (0, 3)),
                  objects=pad(case["objects"], (0, 0, 0, 2), value=7.), objects_mask=pad(case["objects_mask"], (0, 2)))
@@ -152,15 +210,31 @@ def test_padding_a_batch_changes_nothing(case):
 
 @settings(max_examples=15, deadline=None)
 @given(st.permutations(range(m)), st.permutations(range(k)), st.integers(0, 99))
-def test_objects_are_a_set_and_questions_keep_to_themselves(objects_order, questions_order, seed):
+def test_unordered_objects_are_a_set_and_questions_keep_to_themselves(objects_order, questions_order, seed):
     torch.manual_seed(seed)
-    fusion = LocalElementFusion(d, num_heads=2)
+    fusion = LocalElementFusion(d, num_heads=2, ordered=False)
     state = fusion.keys_values(*((torch.randn(b, t, d), torch.randn(b, t, d)) for _ in range(2)))
     question, objects, mask = torch.randn(b, k, l, d), torch.randn(b, k, m, d), torch.rand(b, k, m) > .4
     fused = fusion(question, objects, state, mask)
     shuffled = fusion(question[:, questions_order], objects[:, questions_order][:, :, objects_order], state,
                       mask[:, questions_order][:, :, objects_order])
     torch.testing.assert_close(shuffled, fused[:, questions_order], atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.permutations(range(m)), st.permutations(range(k)), st.integers(0, 99))
+def test_the_order_of_objects_counts_the_order_of_questions_does_not(objects_order, questions_order, seed):
+    torch.manual_seed(seed)
+    fusion = LocalElementFusion(d, num_heads=2)
+    state = fusion.keys_values(*((torch.randn(b, t, d), torch.randn(b, t, d)) for _ in range(2)))
+    question, objects = torch.randn(b, k, l, d), torch.randn(b, k, m, d)
+    fused = fusion(question, objects, state)
+    torch.testing.assert_close(fusion(question[:, questions_order], objects[:, questions_order], state),
+                               fused[:, questions_order], atol=1e-5, rtol=1e-5)
+    shuffled = fusion(question, objects[:, :, objects_order], state)
+    assert torch.allclose(shuffled, fused, atol=1e-4) == (list(objects_order) == list(range(m)))
+    fusion.places.data = fusion.places.data[list(objects_order)]  # the places go along: as before
+    torch.testing.assert_close(fusion(question, objects[:, :, objects_order], state), fused, atol=1e-5, rtol=1e-5)
 
 
 def test_every_token_gets_the_same_element(case):
@@ -178,7 +252,8 @@ def test_low_and_high_both_matter(case):
 
 
 def test_dropout_only_in_training(case):
-    fusion = LocalElementFusion(d, num_heads=2, dropout=.5)
+    old = case["fusion"]
+    fusion = LocalElementFusion(d, num_heads=2, dropout=.5, gated=bool(old.gates), ordered=old.places is not None)
     case["fusion"] = fusion
     assert not torch.equal(run(case), run(case))
     fusion.eval()
@@ -201,7 +276,8 @@ def test_autocast(case):
 
 
 def test_state_round_trip(case):
-    other = LocalElementFusion(d, num_heads=2)
+    old = case["fusion"]
+    other = LocalElementFusion(d, num_heads=2, gated=bool(old.gates), ordered=old.places is not None, max_objects=m)
     other.load_state_dict(case["fusion"].state_dict())
     assert torch.equal(run(case, fusion=other), run(case))
 

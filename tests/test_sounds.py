@@ -15,10 +15,33 @@ from hypothesis import strategies as st
 from mcd_edu.samples import sounds
 from mcd_edu.samples.pictures import INSTRUMENTS, NUM_VARIANTS
 from mcd_edu.samples.sounds import (
-    NOTE_DB, NOTE_SECONDS, NUM_PITCHES, REFERENCE_DB, SAMPLE_RATE, TONES, VOICES, NoteBank,
-    SynthBank, Tone, build_note_bank, downsample, fade, find_assets, gain, load_bank, mix,
-    note_times, pitch_walk, play_line, read_flac, rms_db, sines, synthesise_note, whole_note,
-    write_bank, write_flac,
+    NOTE_DB,
+    NOTE_SECONDS,
+    NUM_PITCHES,
+    REFERENCE_DB,
+    SAMPLE_RATE,
+    TONES,
+    VOICES,
+    NoteBank,
+    SynthBank,
+    Tone,
+    build_note_bank,
+    downsample,
+    fade,
+    find_assets,
+    gain,
+    load_bank,
+    mix,
+    note_times,
+    pitch_walk,
+    play_line,
+    read_flac,
+    rms_db,
+    sines,
+    synthesise_note,
+    whole_note,
+    write_bank,
+    write_flac,
 )
 
 HAS_ASSET = (find_assets() / "notes.json").is_file()
