@@ -195,7 +195,7 @@ class TextLayer(nn.Module):
         x = x + self.attention(y, self.attention.keys_values(y), mask)[0]
         return x + self.ffn(self.ffn_norm(x))
 
-# %% ../nbs/04_encoders.ipynb #6d462b1d
+# %% ../nbs/04_encoders.ipynb #02d8041d
 class TextEncoder(nn.Module):
     "Word numbers → one vector a word, each aware of its neighbours. [F], its make [O]"
     def __init__(self,

@@ -88,6 +88,15 @@ def test_a_video_may_have_any_name(call, shipped, clip, tmp_path, monkeypatch, n
     assert code == 0 and err == "" and QUESTION in out
 
 
+def test_the_shipped_model_answers(call):
+    videos = sorted((ROOT / "data_samples" / "music_avqa" / "videos").glob("*.mp4"))
+    code, out, err = call("answer", videos[-1], QUESTION, "Is there a violin sound?", "--json")
+    assert code == 0 and err == "", err
+    count, sound = json.loads(out)
+    assert count["answer"] in ("zero", "one", "two", "three", "four", "five")
+    assert sound["answer"] in ("yes", "no") and not sound["unknown"]
+
+
 def test_describe_leaves_out_what_is_not_there():
     reply = Reply("Why?", "yes", 1., (), (3,), (0,), (1.,), (1.,), (3,), ())
     assert describe(reply) == "Q: Why?\nA: yes (100%)\n   looks at second 3; listens to second 0"

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcd_edu.data import ANSWERS, Vocabulary, tokenize
+from mcd_edu.data import ANSWERS, Vocabulary, fill_placeholders, read_annotations, tokenize
+from mcd_edu.encoders import encode_segments
 from mcd_edu.inference import (
     MAX_OBJECTS,
     WEIGHTS,
@@ -24,8 +25,9 @@ from mcd_edu.inference import (
 )
 from mcd_edu.media import MediaError, Segments, write_video
 from mcd_edu.model import MCD, MCDConfig
-from mcd_edu.samples.questions import TEMPLATES, candidates
-from mcd_edu.samples.scenes import sample_scene
+from mcd_edu.samples.questions import TEMPLATES, candidates, choose_questions
+from mcd_edu.samples.scenes import FPS, render_frames, render_waveform, sample_scene
+from mcd_edu.samples.sounds import load_bank
 from mcd_edu.training import CheckpointError, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,10 +77,7 @@ def test_keywords_are_those_that_the_annotation_would_name(answerer):
     words = answerer.vocabulary.words
     for seed in range(40):
         for candidate in candidates(sample_scene("x", seed)):
-            text = TEMPLATES[candidate.template].text
-            for value in candidate.values:
-                start, end = text.index("<"), text.index(">") + 1
-                text = text[:start] + value + text[end:]
+            text = fill_placeholders(TEMPLATES[candidate.template].text, candidate.values)
             read = answerer.prepare(text)
             found = [words[number] for number in read.objects if number]
             assert found == [value.lower() for value in candidate.values], text
@@ -308,3 +307,47 @@ def test_a_missing_part_is_named(untrained, tmp_path):
 
 def test_the_weights_lie_in_the_package():
     assert WEIGHTS == ROOT / "mcd_edu" / "weights"
+
+
+SAMPLES = ROOT / "data_samples" / "music_avqa"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return Answerer.load()
+
+
+def test_the_shipped_model_answers_about_the_shipped_test_clips(shipped):
+    """From the mp4 and the words alone: no annotation, no cached feature, no question type."""
+    questions = {}
+    for question in read_annotations(SAMPLES / "json" / "avqa-test.json"):
+        if (SAMPLES / "videos" / f"{question.video_id}.mp4").is_file():
+            questions.setdefault(question.video_id, []).append(question)
+    assert len(questions) >= 20
+    right = []
+    for video, asked in sorted(questions.items()):
+        watched = shipped.watch(SAMPLES / "videos" / f"{video}.mp4")
+        replies = shipped.ask(watched, [question.text for question in asked])
+        right += [reply.answer == question.answer for reply, question in zip(replies, asked)]
+        assert not any(reply.unknown or reply.note for reply in replies)
+    assert np.mean(right) > 0.65
+
+
+def test_features_of_a_shipped_clip_are_those_that_were_stored(shipped):
+    path = sorted((SAMPLES / "videos").glob("*.mp4"))[-1]
+    segments, _ = shipped.watch(path)
+    for kind, feature in zip(("visual", "audio"), encode_segments(shipped.encoders, segments)):
+        stored = np.load(SAMPLES / "feats" / f"small_{kind}" / f"{path.stem}.npy")
+        np.testing.assert_allclose(feature, stored, atol=0.02 * np.abs(stored).max())
+
+
+def test_the_shipped_model_answers_about_clips_rendered_anew(shipped, tmp_path):
+    bank, right = load_bank(), []
+    for seed in range(900_000_000, 900_000_010):
+        scene, path = sample_scene("new", seed), tmp_path / f"{seed}.mp4"
+        write_video(path, render_frames(scene), render_waveform(scene, bank), FPS)
+        (chosen,) = choose_questions([scene])
+        texts = [fill_placeholders(TEMPLATES[c.template].text, c.values) for c in chosen]
+        replies = shipped.ask(shipped.watch(path), texts)
+        right += [reply.answer == c.answer for reply, c in zip(replies, chosen)]
+    assert len(right) >= 100 and np.mean(right) > 0.6
