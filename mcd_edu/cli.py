@@ -71,14 +71,14 @@ def answer(
     if as_json: typer.echo(json.dumps([asdict(reply) for reply in replies], indent=1))
     else: typer.echo("\n\n".join(map(describe, replies)))
 
-# %% ../nbs/20_cli.ipynb #8673c225
+# %% ../nbs/20_cli.ipynb #836ed176
 @app.command()
 def samples(
     out:Annotated[Path, typer.Option(help="folder of the sample set")],
     clips:Annotated[int, typer.Option(min=15, help="clips in all")]=2250,
     videos:Annotated[int, typer.Option(min=0, help="mp4s that are kept")]=40,
     seed:Annotated[int, typer.Option(min=0, help="another seed, another set")]=0,
-    workers:Annotated[int, typer.Option(min=1, help="processes")]=2,
+    workers:Annotated[int, typer.Option(min=0, help="processes beside this one; 0: none")]=2,
     encoders:Annotated[Path | None, typer.Option(help="folder of the encoders; the shipped ones "
                                                  "if left out")]=None,
     assets:Annotated[Path | None, typer.Option(help="folder of the note bank")]=None,
