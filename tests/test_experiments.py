@@ -1,0 +1,295 @@
+"""A run is its settings; its file is kept, checked and read back; summaries average over seeds."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from mcd_edu import experiments
+from mcd_edu.data import DataError
+from mcd_edu.evaluation import ROWS, averages, predict, score
+from mcd_edu.experiments import (
+    VARIANTS,
+    Result,
+    Run,
+    by_title,
+    learning_curve,
+    load_results,
+    question_digest,
+    run_grid,
+    run_one,
+    summary,
+)
+from mcd_edu.model import MCDConfig
+from mcd_edu.training import TrainingConfig, load_checkpoint, load_splits, make_toy_set
+
+MICRO = "micro (all questions)"
+BRIEF = dict(epochs=2, num_videos=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy")
+    make_toy_set(path, num_train=6, num_val=2, num_test=5, per_video=4)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_models(monkeypatch):
+    """Models that train in no time; worker processes do not know of it."""
+    small = dict(embed_dim=16, num_heads=2, num_blocks=1, shared_dim=8)
+    monkeypatch.setattr(experiments, "MCDConfig", lambda *args, **kw: MCDConfig(*args, **small, **kw))
+
+
+@pytest.fixture
+def go(data, tmp_path):
+    def go(*args, **options):
+        run = Run(*args, **{"training": BRIEF, **options})
+        return run, run_one(run, data, tmp_path / "results", tmp_path / "work")
+    return go
+
+
+def fake(variant, seed, right, clips=None, videos=None, **record) -> Result:
+    """A result whose answers are right where they are told to be."""
+    from mcd_edu.evaluation import Predictions
+    number = len(right)
+    truth = Predictions(np.asarray(right, int), np.ones(number, int), np.arange(number) % 9,
+                        np.arange(number) // 4 if videos is None else videos, np.arange(number))
+    return Result(Run(variant, seed, clips), truth, replace(truth, predicted=1 - truth.predicted),
+                  clips or 99, {"train_questions": 8 * (clips or 99), **record})
+
+
+# Runs ------------------------------------------------------------------------------------------
+
+def test_names_of_files_and_rows():
+    run = Run("late fusion", 2, 300, True, "json_by_question")
+    assert run.name == "late_fusion-clips300-types-json_by_question-seed2"
+    assert run.title == "late fusion, 300 clips, oracle type, json_by_question"
+    assert Run("MCD").name == "MCD-clipsall-seed0" and Run("MCD", 5).title == "MCD"
+    runs = [Run(v, s, c, t) for v in VARIANTS for s in (0, 1) for c in (None, 9) for t in (False, True)]
+    assert len({run.name for run in runs}) == len(runs) == 2 * len({run.title for run in runs})
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(variant="video only"), "choose one of MCD"), (dict(training=dict(epoch=3)), "epoch"),
+    (dict(training=dict(seed=3)), "seed"), (dict(training=dict(epochs=0)), "epochs=0"),
+])
+def test_runs_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Run(**{"variant": "MCD", **options})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_runs(go, data, variant):
+    run, file = go(variant, clips=3)
+    record = json.loads(file.read_text())
+    assert file.name == f"{run.name}.json" and record["run"] == asdict(run)
+    assert record["training"] == asdict(TrainingConfig(epochs=2, num_videos=4))
+    assert record["model"].items() >= VARIANTS[variant].items()
+    assert len(record["history"]) == 2 and record["train_questions"] == 12
+    assert all(len(record["predicted"][name]) == 20 for name in ("test", "shuffled"))
+
+
+def test_the_file_holds_what_the_checkpoint_says(go, data, tmp_path):
+    run, file = go("MCD", types=True)
+    model, *_ = load_checkpoint(tmp_path / "work" / run.name)
+    test, record = load_splits(data, types=True)["test"], json.loads(file.read_text())
+    assert record["predicted"]["test"] == predict(model, test).predicted.tolist()
+    assert record["predicted"]["shuffled"] == predict(model, test, shuffle_videos=True).predicted.tolist()
+
+
+def test_what_is_there_is_kept(go, monkeypatch):
+    _, file = go("MCD")
+    before = file.read_bytes()
+    monkeypatch.setattr(experiments, "train", lambda *args, **kw: pytest.fail("trained again"))
+    assert go("MCD")[1] == file and file.read_bytes() == before
+
+
+def test_another_run_of_the_same_name_is_refused(go):
+    _, file = go("MCD")
+    before = file.read_bytes()
+    with pytest.raises(DataError, match="other settings.*epochs") as error:
+        go("MCD", training=dict(BRIEF, epochs=3))
+    assert str(file) in str(error.value) and file.read_bytes() == before
+
+
+def test_a_run_that_was_stopped_goes_on(go, tmp_path, monkeypatch):
+    _, file = go("MCD")
+    whole = json.loads(file.read_text())
+    file.unlink()
+    real = experiments.predict
+    monkeypatch.setattr(experiments, "predict", lambda *args, **kw: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        go("MCD")
+    assert not file.exists() and not list(file.parent.glob(".*"))
+    monkeypatch.setattr(experiments, "predict", real)
+    again = json.loads(go("MCD")[1].read_text())
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+
+
+# Grids -----------------------------------------------------------------------------------------
+
+class Now:
+    """In place of worker processes: everything at once, here, and in reverse order."""
+    def __init__(self, *args, **kw): self.jobs = []
+    def __enter__(self): return self
+    def __exit__(self, *args): pass
+
+    def submit(self, function, *args):
+        from concurrent.futures import Future
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_grid_returns_files_in_the_order_of_its_runs(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", Now)
+    runs = [Run("MCD", s, clips=c, training=BRIEF) for s in (1, 0) for c in (3, 2)]
+    files = run_grid(runs, data, tmp_path / "results", tmp_path / "work")
+    assert [file.stem for file in files] == [run.name for run in runs]
+    times = [file.stat().st_mtime_ns for file in files]
+    more = run_grid([*runs, Run("MCD", 2, clips=2, training=BRIEF)], str(data), str(tmp_path / "results"),
+                    str(tmp_path / "work"))
+    assert more[:4] == files and [file.stat().st_mtime_ns for file in files] == times
+
+
+def test_a_failure_is_reported_after_the_others_are_done(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", Now)
+    runs = [Run("MCD", clips=0, training=BRIEF), Run("MCD", 1, clips=2, training=BRIEF)]
+    with pytest.raises(DataError, match="clips=0"):
+        run_grid(runs, data, tmp_path / "results", tmp_path / "work")
+    assert [file.stem for file in (tmp_path / "results").iterdir()] == [runs[1].name]
+
+
+def test_a_grid_is_refused_before_anything_is_trained(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", lambda *args, **kw: pytest.fail("began"))
+    with pytest.raises(ValueError, match="MCD-clipsall-seed0 is there twice"):
+        run_grid([Run("MCD"), Run("MCD", training=BRIEF)], data, tmp_path, tmp_path)
+    (tmp_path / f"{Run('MCD').name}.json").write_text("{")
+    with pytest.raises(DataError, match="not a result file"):
+        run_grid([Run("MCD")], data, tmp_path, tmp_path)
+
+
+def test_worker_processes_give_the_same_bits(data, tmp_path, monkeypatch):
+    """One real worker, with a model of the usual size."""
+    monkeypatch.undo()
+    run = Run("question only", clips=2, training=dict(epochs=1))
+    there, = run_grid([run], data, tmp_path / "there", tmp_path / "work there", workers=1)
+    here = run_one(run, data, tmp_path / "here", tmp_path / "work here")
+    first, second = (json.loads(file.read_text()) for file in (there, here))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+# Reading results -------------------------------------------------------------------------------
+
+def test_results_are_rebuilt(go, data, tmp_path):
+    run, _ = go("MCD", seed=1, clips=4)
+    go("question only")
+    found = load_results(tmp_path / "results", data)
+    assert [result.run.variant for result in found] == ["MCD", "question only"]
+    assert found[0].run == run and found[0].clips == 4 and found[1].clips == 6
+    model, *_ = load_checkpoint(tmp_path / "work" / run.name)
+    test = load_splits(data, clips=4)["test"]
+    for result, shuffle in ((found[0].test, False), (found[0].shuffled, True)):
+        wanted = predict(model, test, shuffle_videos=shuffle)
+        for name in ("predicted", "answers", "types", "videos", "question_ids"):
+            assert (getattr(result, name) == getattr(wanted, name)).all()
+
+
+def test_files_without_a_digest_are_read(go, data, tmp_path):
+    _, file = go("MCD")
+    record = json.loads(file.read_text())
+    assert record.pop("test_questions") == question_digest(load_splits(data)["test"].questions)
+    file.write_text(json.dumps(record))
+    assert len(load_results(tmp_path / "results", data)) == 1
+
+
+def test_each_split_has_its_own_questions(go, data, tmp_path):
+    go("MCD")
+    go("MCD", annotations="json_by_question")
+    second, first = load_results(tmp_path / "results", data)  # by name
+    assert first.run.annotations == "json" and second.run.annotations == "json_by_question"
+    assert not np.array_equal(first.test.question_ids, second.test.question_ids)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda text: text[:-10], lambda text: "[]", lambda text: "{}", lambda text: '{"run": 3}',
+    lambda text: text.replace('"variant": "MCD"', '"variant": "M"'),
+    lambda text: text.replace('"shuffled"', '"shuffle"'),
+])
+def test_broken_files_are_refused(go, data, tmp_path, spoil):
+    _, file = go("MCD")
+    file.write_text(spoil(file.read_text()))
+    with pytest.raises(DataError, match="not a result file") as error:
+        load_results(tmp_path / "results", data)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_results_of_another_test_set_are_refused(go, tmp_path):
+    go("MCD")
+    for name, sizes in (("more", dict(num_test=6)), ("other", dict(num_test=5, seed=3))):
+        make_toy_set(tmp_path / name, num_train=2, num_val=2, per_video=4, **sizes)
+        with pytest.raises(DataError, match="another test set"):
+            load_results(tmp_path / "results", tmp_path / name)
+    with pytest.raises(DataError, match="no result files"):
+        load_results(tmp_path, tmp_path / "other")
+
+
+def test_the_digest_sees_questions_and_answers_and_not_their_order(data):
+    questions = load_splits(data)["test"].questions
+    assert question_digest(questions) == question_digest(questions[::-1])
+    for change in (dict(answer="tuba"), dict(question_id=99), dict(video_id="x")):
+        assert question_digest([replace(questions[0], **change), *questions[1:]]) != question_digest(questions)
+
+
+# Summaries -------------------------------------------------------------------------------------
+
+def test_a_summary_averages_over_seeds():
+    generator = np.random.default_rng(0)
+    results = [fake(variant, seed, generator.random(90) < .5)
+               for seed in (2, 0, 1) for variant in ("MCD", "question only")]
+    assert [r.run.seed for r in by_title(results)["MCD"]] == [0, 1, 2]
+    table = summary(results)
+    assert list(table) == ["MCD", "question only"] and tuple(table["MCD"]) == ROWS
+    group = [r.test for r in results if r.run.variant == "MCD"]
+    each = [averages(p.right, p.types) for p in group]
+    for row in ROWS:
+        assert table["MCD"][row].value == pytest.approx(np.mean([values[row] for values in each]))
+    assert table["MCD"] == score(group)
+    control = summary(results, "shuffled")
+    assert control["MCD"][MICRO].value == pytest.approx(100 - table["MCD"][MICRO].value)
+
+
+def test_seeds_do_not_narrow_what_the_clips_leave_open():
+    """Ten seeds with the same answers are as uncertain as one."""
+    right = np.repeat(np.arange(20) % 2, 4)
+    one = summary([fake("MCD", 0, right)])["MCD"][MICRO]
+    assert summary([fake("MCD", seed, right) for seed in range(10)])["MCD"][MICRO] == pytest.approx(one)
+
+
+def test_seeds_twice_or_other_settings_are_not_averaged():
+    right = np.ones(9)
+    with pytest.raises(ValueError, match="twice"):
+        summary([fake("MCD", 0, right), fake("MCD", 0, right)])
+    other = fake("MCD", 1, right)
+    other = replace(other, run=replace(other.run, training=dict(epochs=3)))
+    with pytest.raises(ValueError, match="different settings"):
+        summary([fake("MCD", 0, right), other])
+
+
+def test_a_learning_curve_has_a_point_for_each_number_of_clips():
+    generator = np.random.default_rng(0)
+    results = [fake("MCD", seed, generator.random(90) < share, clips)
+               for clips, share in ((None, .9), (10, .3), (30, .6)) for seed in (0, 1)]
+    results += [fake("question only", 0, np.ones(90))]
+    points = learning_curve(results, row="Visual (all)")
+    assert [(p["clips"], p["seeds"], p["questions"]) for p in points] == [(10, 2, 80), (30, 2, 240), (99, 2, 792)]
+    wanted = summary(results)["MCD, 30 clips"]["Visual (all)"]
+    assert points[1]["score"] == wanted
+    with pytest.raises(ValueError, match="no runs of 'MCD' with types=True"):
+        learning_curve(results, types=True)
