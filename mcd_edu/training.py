@@ -234,7 +234,7 @@ def save_checkpoint(
     write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path))
     write_whole(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/10_training.ipynb #ba89ce11
+# %% ../nbs/10_training.ipynb #4067d811
 def read_config(
     path:Path,               # config.json
 ) -> tuple[MCD, Vocabulary, dict]:
@@ -248,7 +248,7 @@ def read_config(
         raise CheckpointError(f"{path}: not the configuration of an MCD ({reason}); "
                               "copy it again or train anew") from error
     if len(vocabulary) != model.config.vocab_size:
-        raise CheckpointError(f"{path}: {len(vocabulary)} words for a vocab_size of "
+        raise CheckpointError(f"{path}: {len(vocabulary)} words for a vocabulary of size "
                               f"{model.config.vocab_size}; copy it again or train anew")
     return model, vocabulary, about
 

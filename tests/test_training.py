@@ -485,7 +485,7 @@ def drop(key):
     ("config.json", edit(embed_dim=32), "another configuration"),
     ("config.json", edit(num_blocks=2), "another configuration"),
     ("config.json", edit(head="late_fusion"), "another configuration"),
-    ("config.json", edit(vocab_size=500), "words for a vocab_size"),
+    ("config.json", edit(vocab_size=500), "words for a vocabulary of size"),
 ])
 def test_a_broken_checkpoint_is_refused(finished, tmp_path, name, spoil, named):
     path = copy_of(finished, tmp_path)
