@@ -6,26 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import linear, norm
 
 from mcd_edu.aggregator import Aggregator
 
 VARIANTS = [{}, {"shared": False}, {"ffn_mult": 0}, {"shared": False, "ffn_mult": 0}]
-
-
-def linear(layer, x):
-    return [
-        sum(w * v for w, v in zip(row, x)) + b
-        for row, b in zip(layer.weight.tolist(), layer.bias.tolist())
-    ]
-
-
-def norm(layer, x):
-    mean = sum(x) / len(x)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + layer.eps)
-    return [
-        (v - mean) / spread * w + b
-        for v, w, b in zip(x, layer.weight.tolist(), layer.bias.tolist())
-    ]
 
 
 def attend(attn, query, rows):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import linear, norm
 
 from mcd_edu.association import Association, AssociationBlock, AssociationStream
 
@@ -19,22 +20,6 @@ VARIANTS = [
     {"cross": "to_visual", "self_attention": False},
     {"residual": False, "cross": "none"},
 ]
-
-
-def linear(layer, x):
-    return [
-        sum(w * v for w, v in zip(row, x)) + b
-        for row, b in zip(layer.weight.tolist(), layer.bias.tolist())
-    ]
-
-
-def norm(layer, x):
-    mean = sum(x) / len(x)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + layer.eps)
-    return [
-        (v - mean) / spread * w + b
-        for v, w, b in zip(x, layer.weight.tolist(), layer.bias.tolist())
-    ]
 
 
 def attend(attn, query, rows):
