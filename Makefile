@@ -8,8 +8,8 @@ NOTEBOOKS  = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/
 DATA       ?= data_samples/music_avqa
 DEMO       ?= runs/demo
 CHECKPOINT ?= $(DEMO)/checkpoint
-CLIP       ?= $(DATA)/videos/00001952.mp4
-QUESTIONS  ?= "How many instruments are sounding in the video?" "Is there a voiceover?" "Where is the last sounding instrument?" "Is the piano louder than the tuba?"
+CLIP       ?= $(DATA)/videos/00002611.mp4
+QUESTIONS  ?= "How many instruments are sounding in the video?" "Is there a voiceover?" "Is the accordion more rhythmic than the tuba?" "What is the instrument on the left of tuba?"
 
 NOTEBOOK    = PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/python tools/notebooks.py run
 
@@ -65,7 +65,7 @@ encoders: env  ## train the shipped encoders anew
 	$(NOTEBOOK) nbs/train/encoders.ipynb runs/encoders/encoders.ipynb -f params/encoders.yaml
 
 weights: env  ## train the shipped model anew
-	$(NOTEBOOK) nbs/train/music_avqa.ipynb runs/weights/music_avqa.ipynb -f params/sample.yaml
+	$(NOTEBOOK) nbs/train/music_avqa.ipynb runs/weights/music_avqa.ipynb -f params/sample/music_avqa.yaml
 
 results: env  ## run the trainings whose result files are missing, then show all results
 	$(NOTEBOOK) nbs/experiments/sample_results.ipynb runs/results/sample_results.ipynb -f params/results.yaml

@@ -7,25 +7,24 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
+from .features import DataError, stack_features
+
 # %% auto #0
-__all__ = ['ANSWERS', 'QUESTION_TYPES', 'PLACEHOLDER', 'DataError', 'Question', 'fill_placeholders', 'unpack', 'parse_question',
-           'read_annotations', 'tokenize', 'text_objects', 'Vocabulary', 'read_feature', 'stack_features',
-           'with_features', 'group_by_video', 'trim', 'VideoBatch', 'AVQADataset']
+__all__ = ['ANSWERS', 'QUESTION_TYPES', 'MUSIC_AVQA', 'PLACEHOLDER', 'Question', 'Schema', 'fill_placeholders', 'unpack',
+           'parse_question', 'read_annotations', 'tokenize', 'text_objects', 'Vocabulary', 'group_by_video', 'trim',
+           'VideoBatch', 'AVQADataset']
 
 # %% ../nbs/00_data.ipynb #d17d7819
-class DataError(ValueError):
-    "Data that cannot be used; the message names file, record and remedy."
-
 ANSWERS = (  # the 42 answers in the order that published MUSIC-AVQA models use
     "two", "cello", "congas", "zero", "no", "pipa", "six", "yes", "one", "four", "three", "seven",
     "five", "ukulele", "right", "piano", "left", "accordion", "clarinet", "guzheng",
@@ -46,7 +45,34 @@ class Question:
     text:str                      # as a person would ask it
     question_type:tuple[str, str] # modality and kind, one of `QUESTION_TYPES`
     values:tuple[str, ...]        # what filled the placeholders: the keywords
-    answer:str                    # one of `ANSWERS`
+    answer:str                    # one of `ANSWERS`, or of the choices
+    choices:tuple[str, ...] = ()  # the candidates of a multiple-choice question
+
+@dataclass(frozen=True)
+class Schema:
+    "What the questions of a dataset look like. ValueError: neither answers nor choices."
+    name:str
+    answers:tuple[str, ...]                       # in the order of the classifier; (): choices
+    question_types:tuple[tuple[str, str], ...]    # group and kind, in the order of the tables
+    num_choices:int = 0                           # candidates of a question; 0: one classifier
+
+    def __post_init__(self):
+        if bool(self.answers) == bool(self.num_choices) or not self.question_types:
+            raise ValueError(f"Schema {self.name}: {len(self.answers)} answers, {self.num_choices} "
+                             f"choices, {len(self.question_types)} question types; give types, "
+                             "and either answers or the number of choices")
+
+    @cached_property
+    def places(self) -> dict[str, int]: return {name: i for i, name in enumerate(self.answers)}
+
+    def number(self,
+        question:Question,
+    ) -> int:                # place of its answer among the answers or the choices; -1: not there
+        "The answer as a number; one that training never met has none and is never right."
+        if not self.num_choices: return self.places.get(question.answer, -1)
+        return question.choices.index(question.answer) if question.answer in question.choices else -1
+
+MUSIC_AVQA = Schema("music_avqa", ANSWERS, QUESTION_TYPES)
 
 # %% ../nbs/00_data.ipynb #01cdb9ad
 PLACEHOLDER = re.compile(r"<[^<>]*>")
@@ -77,8 +103,10 @@ def unpack(
 
 def parse_question(
     record:dict,             # one record of an annotation file
+    place:int=0,             # where it stands in the file: the id of one that has none
 ) -> Question:
     "Read a record; the answer's key is really `anser`. KeyError or ValueError says what is wrong."
+    record = {"question_id": place, "templ_values": "[]"} | record
     keys = "question_id", "video_id", "question_content", "anser"
     number, video_id, text, answer = (str(record[key]) for key in keys)
     values, question_type = unpack(record, "templ_values"), unpack(record, "type")
@@ -96,8 +124,9 @@ def parse_question(
 def read_annotations(
     path:str|Path,           # avqa-train.json, avqa-val.json or avqa-test.json
     skip_bad:bool=False,     # leave out records that cannot be used, and warn how many
+    parse:Callable[[dict, int], Question]=parse_question,    # how to read a record of this dataset
 ) -> list[Question]:
-    "Read an annotation file of MUSIC-AVQA. DataError names file, record and what is wrong."
+    "Read an annotation file, by default of MUSIC-AVQA. DataError names file, record and fault."
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file; check the data folder")
@@ -111,7 +140,7 @@ def read_annotations(
         try:
             if not isinstance(record, dict): raise ValueError("is not a record")
             given = {key: value for key, value in record.items() if value is not None}
-            question = parse_question({"question_id": i, "templ_values": "[]"} | given)
+            question = parse(given, i)
             if question.question_id in questions:
                 raise ValueError(f"question_id {question.question_id} was there before")
             questions[question.question_id] = question
@@ -157,8 +186,8 @@ class Vocabulary:
     def build(cls,
         questions:Iterable[Question], # of the training split, no other
     ) -> Vocabulary:
-        "The words of the questions and of their text objects."
-        return cls(word for q in questions for text in (q.text, *text_objects(q))
+        "The words of the questions, of their text objects and of their choices."
+        return cls(word for q in questions for text in (q.text, *text_objects(q), *q.choices)
                    for word in tokenize(text))
 
     def encode(self,
@@ -168,56 +197,6 @@ class Vocabulary:
         "Words as numbers."
         numbers = [self.index.get(word, 1) for word in words[:length]]
         return numbers + [0] * (length - len(numbers))
-
-# %% ../nbs/00_data.ipynb #9aab2985
-def read_feature(
-    path:str|Path,           # an .npy file of t d
-    dim:int|None=None,       # the width it must have
-) -> np.ndarray:             # t d, float32
-    "Read the features of one video. DataError where they are missing, misshapen or not finite."
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: features are missing; extract them or drop the video")
-    try: feature = np.lib.format.open_memmap(path, mode="r")       # .npy only: no pickle, no zip
-    except Exception as error:       # numpy has a dozen kinds of errors for a damaged header
-        raise DataError(f"{path}: is no whole .npy file of numbers; extract it again") from error
-    if feature.ndim != 2 or feature.dtype.kind != "f" or not feature.size:
-        raise DataError(f"{path}: holds {feature.dtype} of shape {feature.shape}, "
-                        "expected floats of (segments, width); extract it again")
-    if dim is not None and feature.shape[1] != dim:
-        raise DataError(f"{path}: width {feature.shape[1]}, expected {dim}; "
-                        "was it made by another encoder?")
-    with np.errstate(over="ignore"): feature = np.array(feature, np.float32)
-    if not np.isfinite(feature).all():
-        raise DataError(f"{path}: has values that are not finite; extract it again")
-    return feature
-
-def stack_features(
-    folder:str|Path,         # one {video_id}.npy of t d a video
-    videos:Sequence[str],    # ids
-) -> tuple[Tensor, Tensor]:  # features, v t d, padded to the longest video; True = is there, v t
-    "The features of some videos in one tensor. DataError: see `read_feature`."
-    features = []
-    for video in videos:
-        dim = features[0].shape[1] if features else None
-        features.append(torch.from_numpy(read_feature(Path(folder) / f"{video}.npy", dim)))
-    mask = [torch.ones(len(feature), dtype=torch.bool) for feature in features]
-    return pad_sequence(features, batch_first=True), pad_sequence(mask, batch_first=True)
-
-# %% ../nbs/00_data.ipynb #a4d13876
-def with_features(
-    questions:Sequence[Question],
-    *folders:str|Path,       # each with one {video_id}.npy a video
-) -> list[Question]:         # those whose videos can be used
-    "Leave out, and warn about, questions on videos without features that can be read."
-    bad = {}
-    for video in sorted({q.video_id for q in questions}):
-        try: [read_feature(Path(folder) / f"{video}.npy") for folder in folders]
-        except DataError as error: bad[video] = error
-    kept = [q for q in questions if q.video_id not in bad]
-    if bad: warnings.warn(f"skipped {len(questions) - len(kept)} of {len(questions)} questions on "
-                          f"{len(bad)} videos; {next(iter(bad.values()))}", stacklevel=2)
-    return kept
 
 # %% ../nbs/00_data.ipynb #b3f070c4
 def group_by_video(
@@ -256,31 +235,38 @@ class VideoBatch:
     question_mask:Tensor     # b k, bool: the question is there
     video_ids:Tensor         # b, number of the video
     question_ids:Tensor      # b k, the annotation's ids
+    choices:Tensor|None=None # b k c n, word numbers of the candidates, if there are any
 
     def to(self,
         device,              # such as "cpu" or "cuda"
     ) -> VideoBatch:
         "The same batch on another device."
-        return VideoBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return VideoBatch(**{name: part if part is None else part.to(device)
+                             for name, part in parts.items()})
 
 # %% ../nbs/00_data.ipynb #a19d789c
 class AVQADataset:
     "All questions of one annotation file with the features of their videos, as tensors. [O]"
     def __init__(self,
         questions:Sequence[Question],
-        visual_folder:str|Path,      # {video_id}.npy of t d
-        audio_folder:str|Path,       # {video_id}.npy of t d
+        visual_folder:str|Path,      # features of t d, or t f d: see `stack_features`
+        audio_folder:str|Path,       # of the same videos
         vocabulary:Vocabulary,
         max_tokens:int=20,           # words kept of a question
         max_objects:int=8,           # text objects kept of a question
         keywords:bool=True,          # use the annotation's values as text objects
         types:bool=False,            # use the annotation's type as text objects ("oracle type")
+        schema:Schema=MUSIC_AVQA,    # answers and question types
+        frames:str="mean",           # average the frames of a segment, or keep them
     ):
-        self.questions, self.vocabulary = list(questions), vocabulary
+        self.questions, self.vocabulary, self.schema = list(questions), vocabulary, schema
         if not self.questions: raise DataError("there are no questions; check the annotation file")
         self.videos = sorted({q.video_id for q in self.questions})
-        self.visual, self.mask = stack_features(visual_folder, self.videos)
+        self.visual, self.mask = stack_features(visual_folder, self.videos, frames)
         self.audio, audio_mask = stack_features(audio_folder, self.videos)
+        if audio_mask.shape[1] == 1 and audio_mask.all():   # one vector for all of the video
+            self.audio, audio_mask = self.audio.expand(-1, self.mask.shape[1], -1), self.mask
         for video, seen, heard in zip(self.videos, self.mask.sum(-1), audio_mask.sum(-1)):
             if seen != heard:
                 raise DataError(f"{visual_folder} and {audio_folder}: video {video} has {seen} and "
@@ -290,8 +276,11 @@ class AVQADataset:
         self.video = torch.tensor([number[q.video_id] for q in self.questions])
         self.tokens = self.encode([q.text for q in self.questions], max_tokens)
         self.objects = self.encode(objects, max_objects)
-        self.answers = torch.tensor([ANSWERS.index(q.answer) for q in self.questions])
-        self.types = torch.tensor([QUESTION_TYPES.index(q.question_type) for q in self.questions])
+        self.choices = (torch.stack([self.encode(q.choices, max_tokens) for q in self.questions])
+                        if schema.num_choices else None)
+        self.answers = torch.tensor([schema.number(q) for q in self.questions])
+        self.types = torch.tensor([schema.question_types.index(q.question_type)
+                                   for q in self.questions])
         self.question_ids = torch.tensor([q.question_id for q in self.questions])
 
     def __len__(self) -> int: return len(self.questions)
@@ -307,10 +296,11 @@ class AVQADataset:
         num_videos:int=32,           # videos a batch
         num_questions:int=16,        # at most so many questions of a video at a time
         seed:int|None=None,          # shuffles videos and questions; None: in order
+        workers:int=0,               # processes that lay out batches; of no influence on them
     ) -> DataLoader:                 # of VideoBatch
         "Every question once; the questions of a video stay together."
         groups = group_by_video(self.video.numpy(), num_questions, seed)
-        return DataLoader(groups, num_videos, collate_fn=self.collate)
+        return DataLoader(groups, num_videos, collate_fn=self.collate, num_workers=workers)
 
     def collate(self,
         groups:Sequence[np.ndarray], # from `group_by_video`
@@ -323,4 +313,5 @@ class AVQADataset:
         video = self.video[rows[:, 0]]
         return VideoBatch(self.visual[video], self.audio[video], self.mask[video],
                           trim(self.tokens[rows]), trim(self.objects[rows]), self.answers[rows],
-                          self.types[rows], there, video, self.question_ids[rows])
+                          self.types[rows], there, video, self.question_ids[rows],
+                          None if self.choices is None else trim(self.choices[rows]))

@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
-from .data import ANSWERS, QUESTION_TYPES, AVQADataset, Question, VideoBatch
-from .model import MCD
+from .data import MUSIC_AVQA, AVQADataset, Question, Schema, VideoBatch
+from .training import ask
 
 # %% auto #0
-__all__ = ['MODALITIES', 'ROWS', 'MEMBERS', 'SHORT', 'Predictions', 'to_predictions', 'ratio', 'rates', 'check_rows', 'averages',
-           'other_clips', 'predict', 'bootstrap', 'question_prior', 'Score', 'mean_right', 'check_same', 'first_of',
-           'score_rows', 'score', 'compare', 'markdown_table']
+__all__ = ['ROWS', 'SHORT', 'Predictions', 'to_predictions', 'groups_of', 'rows_of', 'members_of', 'ratio', 'rates', 'check_rows',
+           'averages', 'other_clips', 'predict', 'bootstrap', 'question_prior', 'Score', 'mean_right', 'check_same',
+           'first_of', 'score_rows', 'score', 'compare', 'markdown_table']
 
 # %% ../nbs/11_evaluation.ipynb #34d2031c
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Predictions:
     types:np.ndarray         # n, number of the question type
     videos:np.ndarray        # n, number of the video
     question_ids:np.ndarray  # n, ids of the annotation, rising
+    schema:Schema = MUSIC_AVQA   # what the numbers mean
     @property
     def right(self) -> np.ndarray: return self.predicted == self.answers     # n, bool
 
@@ -36,26 +38,41 @@ class Predictions:
 def to_predictions(
     predicted:Sequence[str],         # an answer for each question
     questions:Sequence[Question],    # in any order
+    schema:Schema=MUSIC_AVQA,
 ) -> Predictions:
     "Answers given as words, by a rule or a file, in the form and order of `predict`. ValueError."
     if len(predicted) != len(questions) or not len(questions):
         raise ValueError(f"to_predictions: {len(predicted)} answers to {len(questions)} questions; "
                          "give one answer for each question")
-    if unknown := sorted(set(predicted) - set(ANSWERS)):
-        raise ValueError(f"to_predictions: {unknown[0]!r} is none of the {len(ANSWERS)} answers")
+    said = [schema.number(replace(q, answer=answer)) for answer, q in zip(predicted, questions)]
+    if -1 in said:
+        unknown, known = predicted[said.index(-1)], schema.num_choices or len(schema.answers)
+        raise ValueError(f"to_predictions: {unknown!r} is none of the {known} answers")
     number = {video: i for i, video in enumerate(sorted({q.video_id for q in questions}))}
-    rows = [(ANSWERS.index(answer), ANSWERS.index(q.answer), QUESTION_TYPES.index(q.question_type),
-             number[q.video_id], q.question_id) for answer, q in zip(predicted, questions)]
+    rows = [(answer, schema.number(q), schema.question_types.index(q.question_type),
+             number[q.video_id], q.question_id) for answer, q in zip(said, questions)]
     table = np.array(rows)
-    return Predictions(*table[np.lexsort((table[:, 3], table[:, 4]))].T)
+    return Predictions(*table[np.lexsort((table[:, 3], table[:, 4]))].T, schema)
 
 # %% ../nbs/11_evaluation.ipynb #419c18bf
-MODALITIES = ("Audio", "Visual", "Audio-Visual")
-ROWS = (*(" ".join(name) for name in QUESTION_TYPES), *(f"{name} (all)" for name in MODALITIES),
-        "micro (all questions)", "mean of the 3 groups", "mean of the 9 types")
-MEMBERS = np.array([*np.eye(len(QUESTION_TYPES)),                                 # 13 9
-                    *([kind[0] == name for kind in QUESTION_TYPES] for name in MODALITIES),
-                    np.ones(len(QUESTION_TYPES))])
+def groups_of(schema:Schema) -> tuple[str, ...]:
+    "The groups of question types, such as the three modalities; none where types have no group."
+    return tuple(dict.fromkeys(group for group, _ in schema.question_types if group))
+
+def rows_of(schema:Schema) -> tuple[str, ...]:
+    "The names of the rows of a table: types, groups, and the averages that papers mix up."
+    types, groups = [" ".join(filter(None, kind)) for kind in schema.question_types], groups_of(schema)
+    means = [f"mean of the {len(groups)} groups"] * bool(groups) + [f"mean of the {len(types)} types"]
+    return (*types, *(f"{name} (all)" for name in groups), "micro (all questions)", *means)
+
+def members_of(schema:Schema) -> np.ndarray:     # rows but for the means, types
+    "Which types each row counts."
+    types = schema.question_types
+    return np.array([*np.eye(len(types)),
+                     *([group == name for group, _ in types] for name in groups_of(schema)),
+                     np.ones(len(types))], float)
+
+ROWS = rows_of(MUSIC_AVQA)
 
 # %% ../nbs/11_evaluation.ipynb #bc5c6813
 def ratio(total:np.ndarray, count:np.ndarray) -> np.ndarray:
@@ -63,16 +80,20 @@ def ratio(total:np.ndarray, count:np.ndarray) -> np.ndarray:
     return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
 
 def rates(
-    total:np.ndarray,        # … 9, right answers of each type
-    count:np.ndarray,        # … 9, questions of each type
-) -> np.ndarray:             # … 15, per cent, as `ROWS`
+    total:np.ndarray,        # … types, right answers of each type
+    count:np.ndarray,        # … types, questions of each type
+    schema:Schema=MUSIC_AVQA,
+) -> np.ndarray:             # … rows, per cent, as `rows_of(schema)`: 15 for MUSIC-AVQA
     "The whole table from sums; a type that does not occur is left out of the means."
-    table = 100 * ratio(total @ MEMBERS.T, count @ MEMBERS.T)
+    members, num_types = members_of(schema), len(schema.question_types)
+    table = 100 * ratio(total @ members.T, count @ members.T)
     def mean(x): return ratio(np.nan_to_num(x).sum(-1), np.isfinite(x).sum(-1))[..., None]
-    return np.concatenate([table, mean(table[..., 9:12]), mean(table[..., :9])], -1)
+    groups = [mean(table[..., num_types:-1])] * bool(groups_of(schema))
+    return np.concatenate([table, *groups, mean(table[..., :num_types])], -1)
 
 # %% ../nbs/11_evaluation.ipynb #72c6c61a
 def check_rows(
+    schema:Schema,
     right:np.ndarray,        # n
     *columns:np.ndarray,     # the types, and the videos if they matter; n each
 ) -> None:
@@ -81,9 +102,9 @@ def check_rows(
     if not len(right) or any(len(column) != len(right) for column in columns):
         raise ValueError(f"evaluation: columns of {[len(right), *map(len, columns)]} questions; "
                          "give one row a question, at least one")
-    if ((wrong := (types < 0) | (types >= len(QUESTION_TYPES)))).any():
+    if ((wrong := (types < 0) | (types >= len(schema.question_types)))).any():
         raise ValueError(f"evaluation: question type {types[wrong][0]} is unknown; "
-                         f"give 0 to {len(QUESTION_TYPES) - 1}, rows of QUESTION_TYPES")
+                         f"give 0 to {len(schema.question_types) - 1}, as in {schema.name}")
     if not np.isfinite(np.asarray(right, float)).all():
         raise ValueError("evaluation: `right` has values that are no numbers; give 0, 1 or a mean")
 
@@ -91,12 +112,13 @@ def check_rows(
 def averages(
     right:np.ndarray,        # n, share of right answers of each question (0, 1, or mean over seeds)
     types:np.ndarray,        # n, number of the question type
-) -> dict[str, float]:       # per cent, by the names of `ROWS`
+    schema:Schema=MUSIC_AVQA,
+) -> dict[str, float]:       # per cent, by the names of `rows_of(schema)`
     "Accuracy of each type and modality, and the three averages that papers mix up. ValueError."
-    check_rows(right, types)
-    total, count = (np.bincount(types, weights, len(QUESTION_TYPES)).astype(float)
+    check_rows(schema, right, types)
+    total, count = (np.bincount(types, weights, len(schema.question_types)).astype(float)
                     for weights in (right, None))
-    return dict(zip(ROWS, rates(total, count).tolist()))
+    return dict(zip(rows_of(schema), rates(total, count, schema).tolist()))
 
 # %% ../nbs/11_evaluation.ipynb #98b47845
 def other_clips(
@@ -112,7 +134,7 @@ def other_clips(
 # %% ../nbs/11_evaluation.ipynb #579fa621
 @torch.inference_mode()
 def predict(
-    model:MCD,
+    model:nn.Module,             # with the two doors
     data:AVQADataset,
     device:str="cpu",
     shuffle_videos:bool=False,   # control: show every question another video's features
@@ -123,13 +145,12 @@ def predict(
     rows = []
     for batch in data.batches(num_videos):
         batch = (other_clips(batch, data) if shuffle_videos else batch).to(device)
-        state = model.encode_video(batch.visual, batch.audio, batch.mask)
-        predicted = model.answer(state, batch.tokens, batch.objects).logits.argmax(-1)
+        predicted = ask(model, batch).logits.argmax(-1)
         videos = batch.video_ids[:, None].expand_as(predicted)
         columns = (predicted, batch.answers, batch.types, videos, batch.question_ids)
         rows.append(torch.stack([column[batch.question_mask] for column in columns], -1).cpu())
     table = torch.cat(rows).numpy()
-    return Predictions(*table[np.argsort(table[:, -1], kind="stable")].T)
+    return Predictions(*table[np.argsort(table[:, -1], kind="stable")].T, data.schema)
 
 # %% ../nbs/11_evaluation.ipynb #747291db
 def bootstrap(
@@ -138,30 +159,32 @@ def bootstrap(
     videos:np.ndarray,       # n: whole videos are drawn, because questions of one video are alike
     draws:int=1000,
     seed:int=0,
+    schema:Schema=MUSIC_AVQA,
 ) -> dict[str, tuple[float, float]]:    # 95 % interval of every row of `averages`, per cent
     "Percentile bootstrap over videos; nan for a row without questions. ValueError as `averages`."
-    check_rows(right, types, videos)
+    check_rows(schema, right, types, videos)
     if draws < 1: raise ValueError(f"bootstrap: draws={draws}; give at least 1, better 1000")
     unique, number = np.unique(videos, return_inverse=True)
-    shape = len(unique), len(QUESTION_TYPES)
-    cells = number.ravel() * len(QUESTION_TYPES) + types
+    shape, rows = (len(unique), len(schema.question_types)), rows_of(schema)
+    cells = number.ravel() * len(schema.question_types) + types
     total, count = (np.bincount(cells, weights, np.prod(shape)).astype(float).reshape(shape)
                     for weights in (right, None))
     generator = np.random.default_rng(seed)
     times = np.stack([np.bincount(generator.integers(len(unique), size=len(unique)),
                                   minlength=len(unique)) for _ in range(draws)])
-    table = rates(times @ total, times @ count)
+    table = rates(times @ total, times @ count, schema)
     seen = np.isfinite(table).any(0)
-    low, high = np.full((2, len(ROWS)), np.nan)
+    low, high = np.full((2, len(rows)), np.nan)
     low[seen], high[seen] = np.nanpercentile(table[:, seen], (2.5, 97.5), axis=0)
-    return dict(zip(ROWS, zip(low.tolist(), high.tolist())))
+    return dict(zip(rows, zip(low.tolist(), high.tolist())))
 
 # %% ../nbs/11_evaluation.ipynb #b5ad2781
 def question_prior(
     train:Sequence[Question],    # where answers are counted
     questions:Sequence[Question],# what is to be answered
 ) -> list[str]:                  # an answer each
-    "The most frequent training answer of the same filled question, else of its form, else of all."
+    """The most frequent training answer of the same filled question, else of its form, else of
+    all; of choices, the one that was most often right in training."""
     if not train: raise ValueError("question_prior: no training questions to count; give some")
     keys = [lambda q: q.text, lambda q: (q.question_type, len(q.values), q.text.partition(" ")[0]),
             lambda q: None]
@@ -169,7 +192,9 @@ def question_prior(
     best = [{} for _ in keys]
     for count, table in zip(counts, best):
         for (key, answer), _ in reversed(count.most_common()): table[key] = answer   # last: most
-    return [next(table[key(q)] for key, table in zip(keys, best) if key(q) in table)
+    overall = counts[-1]
+    return [max(q.choices, key=lambda answer: overall[None, answer]) if q.choices else
+            next(table[key(q)] for key, table in zip(keys, best) if key(q) in table)
             for q in questions]
 
 # %% ../nbs/11_evaluation.ipynb #19c94f50
@@ -197,7 +222,7 @@ def mean_right(
 
 def check_same(first:Predictions, second:Predictions) -> None:
     "ValueError unless both answer the same questions of the same test set."
-    for name in ("question_ids", "answers", "types", "videos"):
+    for name in ("schema", "question_ids", "answers", "types", "videos"):
         if not np.array_equal(getattr(first, name), getattr(second, name)):
             raise ValueError(f"evaluation: predictions of different test sets ({name} differ); "
                              "compare what was asked the same questions")
@@ -209,9 +234,9 @@ def first_of(predictions:Predictions|Sequence[Predictions]) -> Predictions:
 
 def score_rows(right:np.ndarray, like:Predictions, draws:int, seed:int) -> dict[str, Score]:
     "Value and interval of every row."
-    values = averages(right, like.types)
-    intervals = bootstrap(right, like.types, like.videos, draws, seed)
-    return {name: Score(values[name], *intervals[name]) for name in ROWS}
+    values = averages(right, like.types, like.schema)
+    intervals = bootstrap(right, like.types, like.videos, draws, seed, like.schema)
+    return {name: Score(value, *intervals[name]) for name, value in values.items()}
 
 # %% ../nbs/11_evaluation.ipynb #cd8b2f2b
 def score(
@@ -244,8 +269,10 @@ def markdown_table(
     digits:int=1,
 ) -> str:
     "A table in Markdown: every type, the three groups and the three averages, with intervals."
-    cells = [[table[row].text(digits, signed) for table in scores.values()] for row in ROWS]
-    lines = [["", *scores], *([row, *line] for row, line in zip(ROWS, cells))]
-    if short: lines = [["", *SHORT], *([name, *line] for name, line in zip(scores, zip(*cells)))]
+    rows = tuple(next(iter(scores.values())))
+    cells = [[table[row].text(digits, signed) for table in scores.values()] for row in rows]
+    lines = [["", *scores], *([row, *line] for row, line in zip(rows, cells))]
+    names = SHORT if rows == ROWS else rows
+    if short: lines = [["", *names], *([name, *line] for name, line in zip(scores, zip(*cells)))]
     lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -20,17 +20,18 @@ import torch
 from tqdm.auto import tqdm
 
 from .data import DataError, Question, read_annotations
+from .datasets import load_splits
 from .evaluation import Predictions, Score, predict, score, to_predictions
 from .media import write_whole
-from .model import MCDConfig
-from .training import TrainingConfig, load_checkpoint, load_splits, train
+from .models import config_for
+from .training import TrainingConfig, load_checkpoint, train
 
 # %% auto #0
 __all__ = ['VARIANTS', 'Run', 'question_digest', 'read_record', 'is_done', 'run_one', 'run_grid', 'Result', 'AskedSet',
            'load_result', 'load_results', 'by_title', 'summary', 'learning_curve']
 
 # %% ../nbs/14_experiments.ipynb #5d6b7315
-VARIANTS = {     # what differs from the defaults of `MCDConfig`
+VARIANTS = {     # which kind of model, if not mcd, and what differs from its defaults
     "MCD": {},
     "late fusion": {"head": "late_fusion"},
     "audio only": {"modalities": "audio"},
@@ -123,19 +124,20 @@ def run_one(
     torch.set_num_threads(1)
     file = Path(results) / f"{run.name}.json"
     if is_done(run, file): return file
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     splits = load_splits(data, clips=run.clips, types=run.types, annotations=run.annotations)
     learn, test = splits["train"], splits["test"]
     segments = max(10, *(part.visual.shape[1] for part in splits.values()))
-    model_config = MCDConfig(len(learn.vocabulary), visual_dim=learn.visual.shape[-1],
-                             audio_dim=learn.audio.shape[-1], num_segments=segments,
-                             **VARIANTS[run.variant])
+    options = {"kind": "mcd", **VARIANTS[run.variant]}
+    model_config = config_for(data=learn, num_segments=segments, **options)
     history = train(model_config, learn, splits["val"], Path(work) / run.name, run.config,
                     show_progress=show_progress)
-    seconds, (model, *_) = time.perf_counter() - start, load_checkpoint(Path(work) / run.name)
+    seconds, worked = time.perf_counter() - start, time.process_time() - worked
+    model, *_ = load_checkpoint(Path(work) / run.name)
     shown = {"test": predict(model, test), "shuffled": predict(model, test, shuffle_videos=True)}
     record = {"run": asdict(run), "model": asdict(model_config), "training": asdict(run.config),
               "history": history, "seconds": round(seconds),   # of this start: less if resumed
+              "cpu_seconds": round(worked),    # of one core, however busy the machine was
               "parameters": sum(p.numel() for p in model.parameters()),
               "torch": torch.__version__, "python": platform.python_version(),
               "machine": platform.machine(), "train_questions": len(learn),

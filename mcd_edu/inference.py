@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import reduce
-from torch import Tensor
+from einops import reduce, repeat
+from torch import Tensor, nn
 
-from .data import ANSWERS, Vocabulary, tokenize, trim
+from .data import MUSIC_AVQA, Schema, Vocabulary, tokenize, trim
 from .encoders import Encoders, encode_segments, load_encoders
 from .media import Segments, read_segments
 from .model import MCD, VideoState
-from .training import CheckpointError, load_checkpoint
+from .training import CheckpointError, load_checkpoint, schema_of
 
 WEIGHTS = Path(getfile(MCD)).parent / "weights"   # shipped beside the code
 MAX_OBJECTS = 8                                   # keywords kept of a question
@@ -68,13 +68,14 @@ def prepare(
 
 # %% ../nbs/12_inference.ipynb #482ca85e
 def clue_maps(
-    clues:Tensor,            # attention that the model used, k s h l t
+    clues:Tensor,            # attention that the model used, k s h l t; visual, audio, visual …
     mask:Tensor,             # True where a word is there, k l
 ) -> Tensor:                 # visual and audio, k 2 t; each sums to 1 over t
     "Attention over the segments, averaged over words, heads and levels. [O]"
+    if clues.shape[1] == 1: clues = repeat(clues, "k 1 h l t -> k 2 h l t")     # one look for both
     weight = (mask / mask.sum(-1, keepdim=True).clamp(min=1))[:, None, None, :, None]
-    total = reduce(clues * weight, "k (level modality) h l t -> k modality t", "sum", level=2)
-    return total / (2 * clues.shape[2])
+    total = reduce(clues * weight, "k (level modality) h l t -> k modality t", "sum", modality=2)
+    return total / (clues.shape[1] // 2 * clues.shape[2])
 
 # %% ../nbs/12_inference.ipynb #d82df317
 @dataclass(frozen=True)
@@ -99,13 +100,15 @@ def check_fit(
     vocabulary:Vocabulary,
     about:dict,              # what the checkpoint says of itself
     encoders:Encoders,
-) -> None:
+) -> Schema:                 # what its answers mean
     "CheckpointError where a model does not fit its encoders, words, answers, or has no keywords."
-    config = model.config
+    config, schema = model.config, schema_of(where, about)
     pairs = {"visual features of width": (config.visual_dim, encoders.visual.dim),
              "audio features of width": (config.audio_dim, encoders.audio.dim),
              "a vocabulary of size": (config.vocab_size, len(vocabulary)),
-             "a list of answers of length": (config.num_answers, len(ANSWERS))}
+             "a number of choices of": (config.num_choices, schema.num_choices)}
+    if not schema.num_choices:
+        pairs["a list of answers of length"] = config.num_answers, len(schema.answers)
     for what, (expected, found) in pairs.items():
         if expected != found:
             raise CheckpointError(f"{where}: the model expects {what} {expected}, here it is "
@@ -114,12 +117,15 @@ def check_fit(
     if not isinstance(keywords, list) or not all(isinstance(word, str) for word in keywords):
         raise CheckpointError(f"{where}/config.json: no list of \"keywords\" under \"about\"; "
                               "train it again or add the words that questions are filled with")
+    return schema
 
 # %% ../nbs/12_inference.ipynb #63197e36
 class Answerer:
     "A trained MCD with its encoders and vocabulary: asks about videos it never saw."
-    def __init__(self, model:MCD, vocabulary:Vocabulary, keywords:Sequence[str], encoders:Encoders):
+    def __init__(self, model:nn.Module, vocabulary:Vocabulary, keywords:Sequence[str],
+                 encoders:Encoders, schema:Schema=MUSIC_AVQA):
         self.model, self.vocabulary, self.encoders = model.eval(), vocabulary, encoders
+        self.schema = schema
         self.keywords = frozenset(keywords)      # words that are text objects
 
     @classmethod
@@ -130,8 +136,8 @@ class Answerer:
         "ValueError, or its kind CheckpointError, says what is missing or does not fit."
         model, vocabulary, about = load_checkpoint(checkpoint)
         loaded = load_encoders(encoders)
-        check_fit(checkpoint, model, vocabulary, about, loaded)
-        return cls(model, vocabulary, about["keywords"], loaded)
+        schema = check_fit(checkpoint, model, vocabulary, about, loaded)
+        return cls(model, vocabulary, about["keywords"], loaded, schema)
 
     @torch.inference_mode()
     def watch(self,
@@ -152,25 +158,43 @@ class Answerer:
         watched:tuple[Segments, VideoState],     # from `watch`
         questions:str|Sequence[str],             # one or several
         top:int=3,                               # answers and seconds to name
+        choices:Sequence[str]=(),                # candidate answers, if the model was built for them
     ) -> list[Reply]:
         "Answer questions about one video; no answer depends on the others. ValueError: no words."
+        if len(choices) != self.schema.num_choices:
+            raise ValueError(f"{len(choices)} choices: this model was trained to choose among "
+                             f"{self.schema.num_choices}; give that many (0: none)")
         if top < 1: raise ValueError(f"top={top}: name at least one answer")
         questions = [questions] if isinstance(questions, str) else list(questions)
         if not questions: return []
         (segments, state), prepared = watched, [self.prepare(question) for question in questions]
         tokens = trim(torch.tensor([[p.tokens for p in prepared]]))
         objects = trim(torch.tensor([[p.objects for p in prepared]]))
-        answer = self.model.answer(state, tokens, objects, need_clues=True)
-        clues = clue_maps(answer.clues[0], tokens[0] != 0)
-        return [make_reply(question, probabilities, clue, segments.seconds, top, p.unknown, p.note)
+        candidates = self.candidates(choices, len(questions))
+        answer = self.model.answer(state, tokens, objects, True, candidates)
+        clues = ([None] * len(questions) if answer.clues is None else
+                 clue_maps(answer.clues[0], tokens[0] != 0))
+        names = choices or self.schema.answers
+        return [make_reply(question, names, probabilities, clue, segments.seconds, top, p.unknown,
+                           p.note)
                 for question, p, probabilities, clue
                 in zip(questions, prepared, answer.logits[0].softmax(-1), clues)]
+
+    def candidates(self,
+        choices:Sequence[str],                   # the same for all questions
+        num_questions:int,
+    ) -> Tensor|None:                            # word numbers, 1 k c n
+        "Candidate answers as the model reads them; none for a classifier. ValueError: no words."
+        if not choices: return None
+        rows = [self.prepare(choice).tokens for choice in choices]
+        return repeat(trim(torch.tensor(rows)), "c n -> 1 k c n", k=num_questions)
 
 # %% ../nbs/12_inference.ipynb #040fb310
 def make_reply(
     question:str,
+    answers:Sequence[str],   # what they are called, a
     probabilities:Tensor,    # of the answers, a
-    clues:Tensor,            # visual and audio clue map, 2 t
+    clues:Tensor|None,       # visual and audio clue map, 2 t; None: the model cannot point
     seconds:Sequence[int],   # where each segment starts, t
     top:int,                 # answers and seconds to name
     unknown:tuple[str, ...]=(),
@@ -178,7 +202,8 @@ def make_reply(
 ) -> Reply:
     "Put numbers into words."
     best = probabilities.topk(min(top, len(probabilities)))
-    named = [(ANSWERS[i], float(p)) for p, i in zip(best.values, best.indices.tolist())]
+    named = [(answers[i], float(p)) for p, i in zip(best.values, best.indices.tolist())]
+    clues = probabilities.new_zeros(2, 0) if clues is None else clues
     order = clues.argsort(dim=-1, descending=True, stable=True)[:, :top].tolist()
     looks_at, listens_to = (tuple(int(seconds[i]) for i in row) for row in order)
     return Reply(question, *named[0], tuple(named[1:]), looks_at, listens_to,

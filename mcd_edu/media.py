@@ -4,8 +4,9 @@
 
 # %% ../nbs/01_media.ipynb #258b9c6e
 from __future__ import annotations
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,8 +16,9 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'CUT_SECONDS', 'FORMATS', 'STAND_IN', 'MediaError',
-           'Segments', 'segment_starts', 'write_whole', 'write_video', 'encode_mp4', 'FrameCollector', 'SoundCollector',
-           'open_media', 'check_tracks', 'missing', 'check_whole', 'collect', 'read_segments']
+           'Segments', 'segment_starts', 'write_whole', 'write_json', 'save_array', 'claim_folder', 'write_video',
+           'encode_mp4', 'FrameCollector', 'SoundCollector', 'open_media', 'check_tracks', 'missing', 'check_whole',
+           'collect', 'read_segments']
 
 # %% ../nbs/01_media.ipynb #fac76398
 SAMPLE_RATE = 16_000         # Hz, mono
@@ -63,6 +65,37 @@ def write_whole(
         write(draft)
         os.replace(draft, path)
     finally: draft.unlink(missing_ok=True)
+
+# %% ../nbs/01_media.ipynb #f11e0002
+def write_json(
+    path:Path,
+    records:Sequence,        # whatever JSON can hold
+) -> None:
+    "Write a list of records, one a line, whole or not at all."
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    write_whole(path, lambda draft: draft.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+
+def save_array(
+    path:Path,
+    array:np.ndarray,
+) -> None:
+    "np.save, whole or not at all."
+    def write(draft):
+        with draft.open("wb") as file: np.save(file, array, allow_pickle=False)
+    write_whole(path, write)
+
+def claim_folder(
+    folder:Path,             # of a sample set
+    origin:dict[str, str],   # what decides its content, such as checksums
+) -> None:
+    "Note in the folder what it is made from. ValueError where it is made from something else."
+    path = folder / "made_from.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else origin
+    if other := [key for key in origin if before.get(key) != origin[key]]:
+        raise ValueError(f"{folder} holds a sample set made from other {' and '.join(other)}; "
+                         "delete that folder or choose another one")
+    note = json.dumps(origin, indent=1) + "\n"
+    write_whole(path, lambda draft: draft.write_text(note, encoding="utf-8"))
 
 # %% ../nbs/01_media.ipynb #766692de
 def write_video(

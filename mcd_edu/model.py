@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from einops import repeat
+from einops import einsum, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +20,8 @@ from .fusion import LocalElementFusion
 from .layers import KeysValues, check_mask, masked_mean
 
 # %% auto #0
-__all__ = ['MCDConfig', 'VideoState', 'Answer', 'PredictionHead', 'Standardise', 'MCD', 'mcd_losses']
+__all__ = ['MCDConfig', 'VideoState', 'Answer', 'PredictionHead', 'Standardise', 'check_choices', 'score_choices', 'answer_loss',
+           'MCD', 'mcd_losses']
 
 # %% ../nbs/09_model.ipynb #063e477d
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class MCDConfig:
     ordered_objects:bool = True     # does the order of the text objects count?
     head:str = "clue_only"          # or late_fusion
     modalities:str = "both"         # or visual, audio, none: what the model may perceive
+    num_choices:int = 0             # candidates of a question; 0: a classifier of num_answers
 
     def __post_init__(self):
         choices = {"head": ("clue_only", "late_fusion"),
@@ -81,12 +83,12 @@ class PredictionHead(nn.Module):
         self.fuse = nn.Linear(3 * d, d) if self.late else nn.Identity()
         self.mlp = nn.Sequential(nn.Dropout(config.dropout), nn.GELU(), nn.Linear(d, 2 * d),
                                  nn.GELU(), nn.Dropout(config.dropout),
-                                 nn.Linear(2 * d, config.num_answers))
+                                 nn.Linear(2 * d, d if config.num_choices else config.num_answers))
 
     def forward(self,
         question:Tensor,         # pooled combinatorial question embedding, b k d
         state:VideoState,        # looked at by the late-fusion variant alone
-    ) -> Tensor: # logits, b k a
+    ) -> Tensor: # logits b k a, or what the choices are compared with, b k d
         "Answers from the question; from question and video in the late-fusion variant [O]."
         if self.late:
             video = torch.cat([masked_mean(x, state.mask) for x in state.high], dim=-1)
@@ -119,6 +121,43 @@ class Standardise(nn.Module):
     ) -> Tensor: # … d
         "As they are, until `fit` was called."
         return (features - self.mean) / self.spread
+
+# %% ../nbs/09_model.ipynb #c401ce02
+def check_choices(
+    num_choices:int,         # candidates that the model was built for; 0: a classifier
+    choices:Tensor|None,     # word numbers of the candidates, b k c n
+    tokens:Tensor,           # word numbers of the questions, b k l
+) -> None:
+    "ValueError where candidates are missing, superfluous or too few."
+    found = 0 if choices is None else choices.shape[2] if choices.ndim == 4 else -1
+    if found != num_choices or (found and choices.shape[:2] != tokens.shape[:2]):
+        shape = None if choices is None else tuple(choices.shape)
+        raise ValueError(f"choices {shape} for questions {tuple(tokens.shape)}: the model was built "
+                         f"for {num_choices} candidates a question; give b k {num_choices} n word "
+                         "numbers, or none where that is 0")
+
+def score_choices(
+    text:nn.Module,          # the model's own text encoder
+    described:Tensor,        # what the head says of the answer, b k d
+    choices:Tensor,          # word numbers of the candidates, 0 is padding, b k c n
+) -> Tensor: # logits, b k c
+    "How well each candidate fits the description: a dot product, divided by √d. [O]"
+    candidates = masked_mean(text(choices), choices != 0)
+    return einsum(described, candidates, "b k d, b k c d -> b k c") * described.shape[-1] ** -0.5
+
+def answer_loss(
+    logits:Tensor,                    # b k a
+    answers:Tensor,                   # numbers of the right answers, −1: not known, b k
+    question_mask:Tensor|None=None,   # True where a question is there, b k
+) -> Tensor: # one number
+    "Mean cross-entropy of the questions that are there and whose answer is known. ValueError."
+    if answers.shape != logits.shape[:2]:
+        raise ValueError(f"answer_loss: answers {tuple(answers.shape)}; give one number for each of "
+                         f"the b k = {tuple(logits.shape[:2])} questions")
+    if question_mask is not None: check_mask("answer_loss", question_mask, answers.shape, "b k")
+    there = answers >= 0 if question_mask is None else question_mask & (answers >= 0)
+    total = F.cross_entropy(logits[there].float(), answers[there], reduction="sum")
+    return total / there.sum().clamp(min=1)
 
 # %% ../nbs/09_model.ipynb #38d06fae
 class MCD(nn.Module):
@@ -171,15 +210,29 @@ class MCD(nn.Module):
         tokens:Tensor,               # word numbers of the questions, 0 is padding, b k l
         objects:Tensor,              # word numbers of their text objects, 0 is padding, b k m
         need_clues:bool=False,       # return the attention that was used?
+        choices:Tensor|None=None,    # word numbers of the candidates, 0 is padding, b k c n
     ) -> Answer:
         "Answer from the questions alone, clues written into them. ValueError: bad shapes."
-        self.check_questions(state, tokens, objects)
+        self.check_questions(state, tokens, objects, choices)
         question = self.project_question(self.text(tokens))
         question, clues = self.aggregator(question, state.aggregator, state.mask, need_clues)
         question = self.fusion(question, self.project_objects(self.text(objects)), state.fusion,
                                objects != 0, state.mask)
         question = masked_mean(question, tokens != 0)
-        return Answer(self.head(question, state), question, clues)
+        logits = self.head(question, state)
+        if choices is not None: logits = score_choices(self.text, logits, choices)
+        return Answer(logits, question, clues)
+
+    def losses(self,
+        state:VideoState,                 # from `encode_video`
+        answer:Answer,                    # from `answer`
+        answers:Tensor,                   # numbers of the right answers, −1: not known, b k
+        question_mask:Tensor|None=None,   # True where a question is there, b k
+        video_ids:Tensor|None=None,       # copies of a video are not negatives, b
+        question_ids:Tensor|None=None,    # not used: no teacher is asked
+    ) -> dict[str, Tensor]: # total, ce, av, qv and qa, one number each
+        "See `mcd_losses`."
+        return mcd_losses(self, state, answer, answers, question_mask, video_ids)
 
     def check_video(self,
         visual:Tensor,               # b t d_v
@@ -204,6 +257,7 @@ class MCD(nn.Module):
         state:VideoState,
         tokens:Tensor,               # b k l
         objects:Tensor,              # b k m
+        choices:Tensor|None=None,    # b k c n
     ) -> None:
         "ValueError unless each video has its questions and each question its row of objects."
         b = len(state.low[0])
@@ -212,24 +266,19 @@ class MCD(nn.Module):
             raise ValueError(f"MCD: tokens {tuple(tokens.shape)} and objects "
                              f"{tuple(objects.shape)}; give b k l and b k m with the same k "
                              f"questions for each of the {b} videos of the state")
+        check_choices(self.config.num_choices, choices, tokens)
 
 # %% ../nbs/09_model.ipynb #f6acdc26
 def mcd_losses(
     model:MCD,                        # for its weights λ, temperature and distillation
     state:VideoState,                 # from `encode_video`
     answer:Answer,                    # from `answer`
-    answers:Tensor,                   # numbers of the right answers, b k
+    answers:Tensor,                   # numbers of the right answers, −1: not known, b k
     question_mask:Tensor|None=None,   # True where a question is there, b k
     video_ids:Tensor|None=None,       # copies of a video are not negatives, b
 ) -> dict[str, Tensor]: # total, ce, av, qv and qa, one number each
     "CE + λ_av L_av + λ_kd L_kd by name; minimise `total`. ValueError: bad shapes. [P][F], λ [O]"
-    if answers.shape != answer.logits.shape[:2]:
-        raise ValueError(f"mcd_losses: answers {tuple(answers.shape)}; give one number for each of "
-                         f"the b k = {tuple(answer.logits.shape[:2])} questions")
-    there = torch.ones_like(answers, dtype=torch.bool) if question_mask is None else question_mask
-    check_mask("mcd_losses", there, answers.shape, "b k")
-    ce = F.cross_entropy(answer.logits[there].float(), answers[there], reduction="sum")
-    ce = ce / there.sum().clamp(min=1)
+    ce = answer_loss(answer.logits, answers, question_mask)
     config, pooled = model.config, (masked_mean(x, state.mask) for x in state.high)
     av = association_loss(*pooled, video_ids, config.temperature)
     kd = model.distillation(*state.low, answer.question, state.mask, question_mask, video_ids)

@@ -19,18 +19,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data import AVQADataset, DataError, Vocabulary, read_annotations
-from .media import write_whole
-from .model import MCD, MCDConfig, mcd_losses
+from .baselines.knowledge_distillation import TeacherCache
+from .data import MUSIC_AVQA, AVQADataset, DataError, Schema, VideoBatch, Vocabulary
+from .datasets import schema_from_json, schema_to_json
+from .media import save_array, write_whole
+from .model import Answer
+from .models import MODELS, build, kind_of
 from .samples.pictures import INSTRUMENTS
-from .samples.sample_set import SampleSetConfig, save_array, write_annotations
+from .samples.sample_set import SampleSetConfig, write_annotations
 from .samples.scenes import DURATION, LEVELS, PLACES, Scene, sample_scene
 
 # %% auto #0
-__all__ = ['TOY_KINDS', 'perfect_features', 'make_toy_set', 'CheckpointError', 'load_splits', 'keywords', 'TrainingConfig',
-           'learning_rate', 'make_optimizer', 'check_finite', 'train_epoch', 'accuracy', 'save_checkpoint',
+__all__ = ['TOY_KINDS', 'perfect_features', 'make_toy_set', 'CheckpointError', 'schema_of', 'keywords', 'TrainingConfig',
+           'learning_rate', 'make_optimizer', 'check_finite', 'train_epoch', 'ask', 'accuracy', 'save_checkpoint',
            'read_config', 'load_checkpoint', 'flatten_optimizer', 'restore_optimizer', 'digest', 'dataset_digest',
-           'differences', 'Progress', 'train']
+           'differences', 'Progress', 'ask_teacher', 'train']
 
 # %% ../nbs/10_training.ipynb #202822c5
 TOY_KINDS = INSTRUMENTS[:6]          # the instruments of the toy set
@@ -82,27 +85,14 @@ def make_toy_set(
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used; the message says which, why and what to do."
 
-def load_splits(
-    folder:str|Path,                     # of MUSIC-AVQA or of the sample set
-    visual:str="small_visual",           # folder of the visual features below feats/
-    audio:str="small_audio",             # folder of the audio features below feats/
-    annotations:str="json",              # json, json_update or json_by_question
-    clips:int|None=None,                 # use only so many training videos
-    types:bool=False,                    # show the question's type to the model ("oracle type")
-) -> dict[str, AVQADataset]:             # train, val, test
-    "The three splits, with the vocabulary of train. DataError says what is missing or broken."
-    folder = Path(folder)
-    questions = {split: read_annotations(folder / annotations / f"avqa-{split}.json")
-                 for split in ("train", "val", "test")}
-    if clips is not None:
-        if clips < 1: raise DataError(f"clips={clips}: give at least one training video")
-        kept = set(sorted({q.video_id for q in questions["train"]})[:clips])
-        questions["train"] = [q for q in questions["train"] if q.video_id in kept]
-    for split, part in questions.items():
-        if not part: raise DataError(f"{folder / annotations}: {split} has no questions; add some")
-    vocabulary, feats = Vocabulary.build(questions["train"]), folder / "feats"
-    return {split: AVQADataset(part, feats / visual, feats / audio, vocabulary, types=types)
-            for split, part in questions.items()}
+def schema_of(
+    where:str|Path,          # the checkpoint, for the message
+    about:dict,              # what it says of itself
+) -> Schema:
+    "What the answers of a checkpoint mean. CheckpointError: unreadable."
+    if "schema" not in about: return MUSIC_AVQA
+    try: return schema_from_json(about["schema"])
+    except DataError as error: raise CheckpointError(f"{where}/config.json: {error}") from error
 
 def keywords(
     data:AVQADataset,        # the training set
@@ -114,7 +104,7 @@ def keywords(
 @dataclass(frozen=True)
 class TrainingConfig:
     "How to train; the defaults are those of the sample set. ValueError: impossible values. [O]"
-    epochs:int = 10
+    epochs:int = 12
     learning_rate:float = 1e-3      # highest, reached after the warm-up
     warmup:float = 0.1              # share of all steps
     weight_decay:float = 0.01       # of matrices, not of norms and biases
@@ -154,7 +144,7 @@ def make_optimizer(
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
 
 # %% ../nbs/10_training.ipynb #20b68d9d
 def check_finite(
@@ -173,7 +163,7 @@ def check_finite(
 
 # %% ../nbs/10_training.ipynb #0127f671
 def train_epoch(
-    model:MCD,
+    model:nn.Module,         # with the two doors and `losses`
     data:AVQADataset,
     optimizer:torch.optim.Optimizer,
     config:TrainingConfig,
@@ -190,9 +180,9 @@ def train_epoch(
         rate = learning_rate(epoch * steps + i, config.epochs * steps, config)
         for group in optimizer.param_groups: group["lr"] = rate
         state = model.encode_video(batch.visual, batch.audio, batch.mask)
-        answer = model.answer(state, batch.tokens, batch.objects)
-        losses = mcd_losses(model, state, answer, batch.answers, batch.question_mask,
-                            batch.video_ids)
+        answer = model.answer(state, batch.tokens, batch.objects, choices=batch.choices)
+        losses = model.losses(state, answer, batch.answers, batch.question_mask, batch.video_ids,
+                              batch.question_ids)
         optimizer.zero_grad()
         losses["total"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -202,9 +192,18 @@ def train_epoch(
     return {name: float(total) / steps for name, total in sums.items()}
 
 # %% ../nbs/10_training.ipynb #1e55878a
+def ask(
+    model:nn.Module,         # any model with the two doors, `encode_video` and `answer`
+    batch:VideoBatch,
+    need_clues:bool=False,
+) -> Answer:
+    "All questions of a batch, each video encoded once."
+    state = model.encode_video(batch.visual, batch.audio, batch.mask)
+    return model.answer(state, batch.tokens, batch.objects, need_clues, batch.choices)
+
 @torch.inference_mode()
 def accuracy(
-    model:MCD,
+    model:nn.Module,
     data:AVQADataset,
     device:str="cpu",
     num_videos:int=64,       # videos a batch
@@ -214,22 +213,21 @@ def accuracy(
     right = 0
     for batch in data.batches(num_videos):
         batch = batch.to(device)
-        state = model.encode_video(batch.visual, batch.audio, batch.mask)
-        predicted = model.answer(state, batch.tokens, batch.objects).logits.argmax(-1)
+        predicted = ask(model, batch).logits.argmax(-1)
         right += int(((predicted == batch.answers) & batch.question_mask).sum())
     return right / len(data)
 
 # %% ../nbs/10_training.ipynb #46a97118
 def save_checkpoint(
     folder:str|Path,
-    model:MCD,
+    model:nn.Module,         # one of `MODELS`
     vocabulary:Vocabulary,
     about:dict,              # anything worth knowing: encoders, scores, training settings
 ) -> None:
     "model.safetensors and config.json, each written whole."
     folder = Path(folder)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    config = {"model": asdict(model.config), "words": vocabulary.words[2:], "about": about}
+    config = {"kind": kind_of(model.config), "model": asdict(model.config), "words": vocabulary.words[2:], "about": about}
     text = json.dumps(config, indent=1, ensure_ascii=False)
     write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path))
     write_whole(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
@@ -237,15 +235,16 @@ def save_checkpoint(
 # %% ../nbs/10_training.ipynb #4067d811
 def read_config(
     path:Path,               # config.json
-) -> tuple[MCD, Vocabulary, dict]:
+) -> tuple[nn.Module, Vocabulary, dict]:
     "An untrained model, the vocabulary and what is known. CheckpointError: not such a file."
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        model, vocabulary = MCD(MCDConfig(**config["model"])), Vocabulary(config["words"])
+        make_config, make_model = MODELS[config["kind"] if "kind" in config else "mcd"]
+        model, vocabulary = make_model(make_config(**config["model"])), Vocabulary(config["words"])
         about = dict(config["about"])
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path}: not the configuration of an MCD ({reason}); "
+        raise CheckpointError(f"{path}: not the configuration of a model ({reason}); "
                               "copy it again or train anew") from error
     if len(vocabulary) != model.config.vocab_size:
         raise CheckpointError(f"{path}: {len(vocabulary)} words for a vocabulary of size "
@@ -255,7 +254,7 @@ def read_config(
 # %% ../nbs/10_training.ipynb #a07f32e2
 def load_checkpoint(
     folder:str|Path,         # with model.safetensors and config.json
-) -> tuple[MCD, Vocabulary, dict]:
+) -> tuple[nn.Module, Vocabulary, dict]:
     "Model in evaluation mode, vocabulary and what is known of it. CheckpointError tells why not."
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -307,8 +306,9 @@ def dataset_digest(
     data:AVQADataset,
 ) -> str:
     "A fingerprint of everything a model gets to see of a dataset."
-    return digest(data.visual, data.audio, data.mask, data.video, data.tokens, data.objects,
-                  data.answers, data.question_ids)
+    parts = (data.visual, data.audio, data.mask, data.video, data.tokens, data.objects,
+             data.answers, data.question_ids, data.choices)
+    return digest(*(part for part in parts if part is not None))
 
 # %% ../nbs/10_training.ipynb #f0f87cae
 def differences(
@@ -330,7 +330,7 @@ class Progress:
     def __init__(self, folder:str|Path, settings:dict):
         self.path, self.settings = Path(folder) / "resume.safetensors", settings
 
-    def save(self, model:MCD, optimizer:torch.optim.Optimizer, history:list[dict]) -> None:
+    def save(self, model:nn.Module, optimizer:torch.optim.Optimizer, history:list[dict]) -> None:
         weights, moments = model.state_dict(), flatten_optimizer(optimizer)
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in weights.items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
@@ -348,7 +348,7 @@ class Progress:
             raise CheckpointError(f"{self.path}: unreadable ({error}); "
                                   "delete it to begin anew") from error
 
-    def load(self, model:MCD, optimizer:torch.optim.Optimizer) -> list[dict]:   # history so far
+    def load(self, model:nn.Module, optimizer:torch.optim.Optimizer) -> list[dict]:   # history so far
         "Empty at the start. CheckpointError where the folder holds a training with other settings."
         if not self.path.is_file(): return []
         settings, history, tensors = self.read()
@@ -368,8 +368,22 @@ class Progress:
         return history
 
 # %% ../nbs/10_training.ipynb #69f6a804
+def ask_teacher(
+    folder:str|Path,         # checkpoint of a trained `graph_vqa`
+    data:AVQADataset,        # what the student is to learn from
+    config,                  # of the student
+    device:str="cpu",
+) -> TeacherCache:
+    "All that a student will hear, asked once. ValueError: not a teacher, or not a student."
+    teacher, *_ = load_checkpoint(folder)
+    kinds = [kind_of(one) for one in (teacher.config, config)]
+    if kinds != ["graph_vqa"] * 2 or config.distillation == "none":
+        raise ValueError(f"{folder}: a {kinds[0]} cannot teach this {kinds[1]}; both must be graph_vqa, "
+                         "and the student's option distillation feature or logit")
+    return TeacherCache.build(teacher.to(device), data, config.distillation, device=device)
+
 def train(
-    model_config:MCDConfig,
+    model_config,            # of one of `MODELS`, such as an `MCDConfig`
     data:AVQADataset,        # what to learn from
     val:AVQADataset,         # what to choose the best epoch on
     folder:str|Path,         # where checkpoint and progress go
@@ -378,16 +392,19 @@ def train(
     device:str="cpu",
     on_epoch:Callable[[list[dict]], None]|None=None,   # called after each epoch: the history so far
     show_progress:bool=True, # a bar
+    teacher:TeacherCache|None=None,      # what a frozen teacher says, for a student of `graph_vqa`
 ) -> list[dict]:             # history: a dictionary an epoch
-    """Train an MCD and keep the best epoch on val; what was stopped goes on where it was.
+    """Train a model and keep the best epoch on val; what was stopped goes on where it was.
     CheckpointError: the folder holds another training. ValueError: a loss is not finite."""
     torch.manual_seed(config.seed)
-    model = MCD(model_config)
+    model = build(model_config)
     model.fit_features(data.visual, data.audio, data.mask)
+    if teacher is not None: model.attach_teacher(teacher, data)
     model = model.to(device)
     optimizer = make_optimizer(model, config)
-    settings = {"model": asdict(model_config), "training": asdict(config), "questions": len(data),
-                "data": dataset_digest(data), "val": dataset_digest(val)}
+    settings = {"kind": kind_of(model_config), "model": asdict(model_config), "training": asdict(config), "questions": len(data),
+                "data": dataset_digest(data), "val": dataset_digest(val),
+                "teacher": teacher and teacher.teacher}
     progress = Progress(folder, settings)
     history = progress.load(model, optimizer)
     start, end = len(history), config.epochs
@@ -397,8 +414,8 @@ def train(
         history.append({"epoch": epoch, **losses, "val": accuracy(model, val, device)})
         bar.set_postfix(loss=f"{losses['total']:.3f}", val=f"{history[-1]['val']:.3f}")
         if history[-1]["val"] >= max(entry["val"] for entry in history):
-            notes = {"keywords": keywords(data), **(about or {}), "training": asdict(config),
-                     **history[-1]}
+            notes = {"keywords": keywords(data), "schema": schema_to_json(data.schema), **(about or {}),
+                     "training": asdict(config), **history[-1]}
             save_checkpoint(folder, model, data.vocabulary, notes)
         progress.save(model, optimizer, history)
         if on_epoch: on_epoch(history)

@@ -300,7 +300,7 @@ def test_samples_passes_its_options_on(call, monkeypatch, tmp_path):
     monkeypatch.setattr(sample_set, "build_sample_set", lambda *arguments: seen.append(arguments))
     code, out, err = call("samples", "--out", tmp_path / "x")
     assert code == 0 and err == ""
-    assert out.startswith("1800 clips to train on, 150 to choose on, 300")
+    assert out.startswith("2400 clips to train on, 200 to choose on, 400")
     code, *_ = call("samples", "--out", tmp_path / "y", "--clips", 15, "--videos", 2, "--seed", 3,
                     "--workers", 1, "--encoders", tmp_path, "--assets", tmp_path / "z")
     assert code == 0
@@ -340,7 +340,7 @@ def test_train_leaves_a_checkpoint(call, data, trained, tmp_path):
     assert (config["model"]["visual_dim"], config["model"]["audio_dim"]) == (12, 8)
     assert config["about"]["keywords"] and config["about"]["training"]["epochs"] == 2
     code, out, _ = call("train", data, "--out", tmp_path, "--epochs", 1, "--clips", 2, "--seed", 5,
-                        "--modalities", "none", "--head", "late_fusion")
+                        "--option", "modalities=none", "--option", "head=late_fusion")
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert code == 0 and f"% right on val; the checkpoint is in {tmp_path}" in out
     assert (config["model"]["modalities"], config["model"]["head"]) == ("none", "late_fusion")
@@ -369,20 +369,71 @@ def test_evaluate_for_a_person_and_for_a_program(call, data, trained):
     assert code == 0 and out.startswith("10 questions about 2 videos")
 
 
+@pytest.mark.parametrize("model", ["late_fusion", "alignment", "graph_vqa"])
+def test_other_models_train_evaluate_and_answer(call, clip, tmp_path, model):
+    code, _, err = call("samples", "--out", tmp_path / "data", "--clips", 15, "--videos", 0, "--workers", 0)
+    assert code == 0, err
+    code, *_ = call("train", tmp_path / "data", "--out", tmp_path / "model", "--model", model, "--epochs", 1, "--clips", 2)
+    assert code == 0
+    code, out, _ = call("evaluate", tmp_path / "data", "--checkpoint", tmp_path / "model")
+    assert code == 0 and "micro (all questions)" in out
+    code, out, err = call("answer", clip, "Is there a violin?", "--checkpoint", tmp_path / "model")
+    assert code == 0 and err == "" and out.startswith("Q: Is there a violin?\nA: ")
+
+
+def test_a_student_is_trained_by_a_teacher(call, data, trained, tmp_path):
+    small = ["--model", "graph_vqa", "--epochs", 1, "--clips", 2, "--option", "embed_dim=16"]
+    code, *_ = call("train", data, "--out", tmp_path / "teacher", *small, "--option", "num_layers=2")
+    assert code == 0
+    student = ["train", data, "--out", tmp_path / "student", *small, "--option", "distillation=feature"]
+    code, *_ = call(*student, "--teacher", tmp_path / "teacher")
+    config = json.loads((tmp_path / "student" / "config.json").read_text(encoding="utf-8"))
+    assert code == 0 and config["kind"] == "graph_vqa" and config["about"]["kd_motion"] > 0
+    code, _, err = call(*student, "--teacher", trained)
+    assert code == 1 and err.count("\n") == 1 and "a mcd cannot teach this graph_vqa" in err
+
+
+def test_two_files_of_predictions_are_compared(call, data, trained, tmp_path):
+    for name in ("a", "b"):
+        code, *_ = call("evaluate", data, "--checkpoint", trained, "--out", tmp_path / name)
+        assert code == 0 and len((tmp_path / name).read_text().splitlines()) == 15
+    code, out, err = call("compare", tmp_path / "a", tmp_path / "b", "--draws", 20)
+    assert code == 0 and err == "" and "points" in out and "micro (all questions)" in out
+    code, out, _ = call("compare", tmp_path / "a", tmp_path / "a", "--json", "--draws", 20)
+    assert code == 0 and set(json.loads(out)["points, from, to"]["micro (all questions)"]) == {0}
+
+
+def test_extract_reports_what_failed_and_goes_on(call, clip, tmp_path):
+    (tmp_path / "broken.mp4").write_text("no film")
+    code, out, err = call("extract", clip, tmp_path / "broken.mp4", "--out", tmp_path / "x")
+    assert code == 1 and "1 done, 0 were there, 1 failed" in out and "broken.mp4" in err
+    code, out, _ = call("extract", clip, "--out", tmp_path / "x", "--shard", "0/1")
+    assert code == 0 and "0 done, 1 were there, 0 failed" in out
+    assert sorted(p.parent.name for p in (tmp_path / "x").rglob("*.npy")) == ["small_audio", "small_visual"]
+    code, _, err = call("extract", clip, "--out", tmp_path / "x", "--shard", "3/2")
+    assert code == 1 and err.count("\n") == 1 and "0/4 to 3/4" in err
+
+
 def test_types_without_questions_are_none():
     assert score_table({"A": [50., 40., 60.], "B": None}).splitlines()[1:] == [
         f"{'A':24}  50.0 %   40.0 to 60.0", f"{'B':24}    none"]
 
 
 @pytest.mark.parametrize("line, message", [
-    ("train none --out new", "none/json/avqa-train.json: no such annotation file"),
-    ("train DATA --out new --head early", "head='early'"),
-    ("train DATA --out new --modalities smell", "modalities='smell'"),
+    ("train none --out new", "none: no dataset there; looked for avqa-train.json"),
+    ("train none --out new --dataset avqa", "none/train_qa.json: no such annotation file"),
+    ("train none --out new --dataset cats", "dataset 'cats' is unknown; give one of music_avqa"),
+    ("train DATA --out new --model cats", "model 'cats'; choose one of mcd"),
+    ("train DATA --out new --option wings=2", "mcd has no option 'wings'"),
+    ("train DATA --out new --option embed_dim=wide", "needs a value like 128"),
+    ("train DATA --out new --option head=early", "head='early'"),
+    ("train DATA --out new --option modalities=smell", "modalities='smell'"),
     ("train DATA --out new --visual resnet", "features are missing"),
     ("train DATA --out TRAINED --epochs 5", "a training with other settings; give another"),
+    ("evaluate DATA --checkpoint TRAINED --out new --shuffle-videos", "leave out --shuffle-videos"),
     ("evaluate DATA --checkpoint none", "none: no checkpoint there"),
-    ("evaluate DATA --checkpoint TRAINED --split tset", "avqa-tset.json: no such annotation file"),
-    ("evaluate EMPTY --checkpoint TRAINED", "holds no question; choose another split"),
+    ("evaluate DATA --checkpoint TRAINED --split tset", "split 'tset' is none of train, val, test"),
+    ("evaluate EMPTY --checkpoint TRAINED", "test has no questions; choose another split"),
     ("evaluate DATA --checkpoint UNTRAINED", "use the encoder it was trained with"),
 ])
 def test_bad_data_is_one_line(call, data, trained, untrained, tmp_path, monkeypatch, line, message):

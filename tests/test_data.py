@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import warnings
 from collections import Counter
 from dataclasses import fields
@@ -13,26 +12,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from mcd_edu.data import (
     ANSWERS,
     QUESTION_TYPES,
     AVQADataset,
-    DataError,
     Question,
     Vocabulary,
     fill_placeholders,
     group_by_video,
     parse_question,
     read_annotations,
-    read_feature,
-    stack_features,
     text_objects,
     tokenize,
     trim,
-    with_features,
 )
+from mcd_edu.features import DataError
 
 RECORD = {
     "video_id": "00000001", "question_id": 7, "type": '["Audio-Visual", "Location"]',
@@ -261,127 +256,6 @@ def test_trim_cuts_shared_padding_only(rows):
     assert trim(padded).tolist() == [row + [0] * (longest - len(row)) for row in rows]
 
 
-# Features --------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4"])
-def test_feature_is_read_as_float32(tmp_path, dtype):
-    array = np.arange(12).reshape(4, 3).astype(dtype)
-    np.save(tmp_path / "a.npy", array)
-    feature = read_feature(tmp_path / "a.npy", dim=3)
-    assert feature.dtype == np.float32 and feature.flags.owndata and feature.flags.writeable
-    np.testing.assert_array_equal(feature, array)
-
-
-def test_feature_in_columns_is_read_right(tmp_path):
-    array = np.asfortranarray(np.arange(12.0).reshape(4, 3))
-    np.save(tmp_path / "a.npy", array)
-    np.testing.assert_array_equal(read_feature(tmp_path / "a.npy"), array)
-
-
-@pytest.mark.parametrize("array, message", [
-    (np.ones((4, 3)) * np.nan, "not finite"), (np.array([[1, np.inf]] * 4), "not finite"),
-    (np.full((2, 2), 1e300), "not finite"), (np.ones(4), r"shape \(4,\)"),
-    (np.ones((2, 4, 3)), r"shape \(2, 4, 3\)"), (np.ones((0, 3)), "extract it again"),
-    (np.ones((3, 0)), "extract it again"), (np.ones((4, 3), int), "int64"),
-    (np.ones((4, 3), complex), "complex"), (np.array([["a"]]), "holds <U1"),
-    (np.array([[{}]], object), "no whole .npy"), (np.float32(3), "holds float32")])
-def test_wrong_array(tmp_path, array, message):
-    np.save(tmp_path / "a.npy", array)
-    with pytest.raises(DataError, match=message) as caught:
-        read_feature(tmp_path / "a.npy")
-    assert str(caught.value).startswith(f"{tmp_path / 'a.npy'}: ")
-    assert "\n" not in str(caught.value)
-
-
-def test_wrong_width(tmp_path):
-    np.save(tmp_path / "a.npy", np.ones((4, 3)))
-    with pytest.raises(DataError, match="width 3, expected 5; .* another encoder"):
-        read_feature(tmp_path / "a.npy", dim=5)
-
-
-@pytest.mark.parametrize("name", ["absent.npy", "folder.npy"])
-def test_missing_feature(tmp_path, name):
-    (tmp_path / "folder.npy").mkdir()
-    with pytest.raises(DataError, match="features are missing"):
-        read_feature(tmp_path / name)
-
-
-class Trap:
-    """A pickle that leaves a mark when it is opened."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_pickles_are_never_opened(tmp_path):
-    mark, trap = tmp_path / "mark", tmp_path / "a.npy"
-    trap.write_bytes(pickle.dumps(Trap(mark)))
-    with pytest.raises(DataError, match="extract it again"):
-        read_feature(trap)
-    np.save(trap, np.array([[Trap(mark)]], object), allow_pickle=True)
-    with pytest.raises(DataError, match="extract it again"):
-        read_feature(trap)
-    np.savez(tmp_path / "a.npz", a=np.ones((2, 2)))
-    (tmp_path / "a.npz").rename(trap)
-    with pytest.raises(DataError, match="extract it again"):
-        read_feature(trap)
-    assert not mark.exists()
-
-
-@given(st.data())
-@settings(max_examples=150)
-def test_damaged_files_give_a_data_error_or_an_array(tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "damaged.npy"
-    np.save(path, np.ones((4, 3), np.float32))
-    content = bytearray(path.read_bytes())
-    for at, byte in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1),
-                                                 st.integers(0, 255)), max_size=4)):
-        content[at] = byte
-    path.write_bytes(content[:data.draw(st.integers(0, len(content)))])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            feature = read_feature(path)
-        except DataError as error:
-            assert "\n" not in str(error)
-        else:
-            assert feature.ndim == 2 and np.isfinite(feature).all()
-
-
-@given(st.binary(max_size=200))
-def test_any_bytes_give_a_data_error(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "bytes.npy"
-    path.write_bytes(content)
-    with pytest.raises(DataError):
-        read_feature(path)
-
-
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 4)),
-                  elements=st.floats(-1e3, 1e3, width=32)))
-def test_what_was_saved_is_read(tmp_path_factory, array):
-    path = tmp_path_factory.getbasetemp() / "saved.npy"
-    np.save(path, array)
-    np.testing.assert_array_equal(read_feature(path), array)
-
-
-def test_stack_pads_to_the_longest(tmp_path):
-    for name, t in ("a", 2), ("b", 4):
-        np.save(tmp_path / f"{name}.npy", np.full((t, 3), t, np.float32))
-    features, mask = stack_features(tmp_path, ["b", "a"])
-    assert features.shape == (2, 4, 3) and mask.sum(-1).tolist() == [4, 2]
-    assert (features[1, :2] == 2).all() and not features[~mask].any()
-
-
-def test_videos_of_different_encoders_are_found(tmp_path):
-    np.save(tmp_path / "a.npy", np.ones((4, 3)))
-    np.save(tmp_path / "b.npy", np.ones((4, 5)))
-    with pytest.raises(DataError, match=r"b\.npy: width 5, expected 3"):
-        stack_features(tmp_path, ["a", "b"])
-
-
 # Data sets -------------------------------------------------------------------------------------
 
 def make_questions(counts):
@@ -409,9 +283,13 @@ def data(tmp_path):
     return make_data(tmp_path, [3, 1, 6, 2], segments=[5, 3, 5, 4])
 
 
+def parts(batch):
+    return {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "choices"}
+
+
 def test_shapes_and_types_of_a_batch(data):
     batch, = data.batches(num_videos=9)
-    shapes = {field.name: tuple(getattr(batch, field.name).shape) for field in fields(batch)}
+    shapes = {name: tuple(part.shape) for name, part in parts(batch).items()}
     assert shapes == {
         "visual": (4, 5, 4), "audio": (4, 5, 3), "mask": (4, 5), "tokens": (4, 6, 6),
         "objects": (4, 6, 2), "answers": (4, 6), "types": (4, 6), "question_mask": (4, 6),
@@ -478,8 +356,7 @@ def test_every_question_once_an_epoch(tmp_path_factory, counts, num_videos, num_
 
 
 def same(first, second):
-    return all(torch.equal(getattr(first, field.name), getattr(second, field.name))
-               for field in fields(first))
+    return all(torch.equal(part, parts(second)[name]) for name, part in parts(first).items())
 
 
 def test_a_seed_gives_the_same_batches_each_time(data):
@@ -547,7 +424,8 @@ def test_long_questions_are_cut(tmp_path):
 def test_batch_moves_to_a_device(data):
     batch, = data.batches(9)
     moved = batch.to("meta")
-    assert all(getattr(moved, field.name).device.type == "meta" for field in fields(moved))
+    assert all(part.device.type == "meta" for part in parts(moved).values())
+    assert moved.choices is None
 
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (3, -1)])
@@ -566,22 +444,3 @@ def test_different_numbers_of_segments_name_the_video(tmp_path):
     np.save(tmp_path / "audio" / "video_1.npy", np.ones((4, 3)))
     with pytest.raises(DataError, match="video video_1 has 5 and 4 segments; extract both"):
         AVQADataset(data.questions, tmp_path / "visual", tmp_path / "audio", data.vocabulary)
-
-
-def test_videos_without_features_can_be_left_out(tmp_path):
-    data = make_data(tmp_path, [2, 3, 1])
-    (tmp_path / "audio" / "video_1.npy").unlink()
-    folders = tmp_path / "visual", tmp_path / "audio"
-    with pytest.raises(DataError, match=r"video_1\.npy: features are missing"):
-        AVQADataset(data.questions, *folders, data.vocabulary)
-    with pytest.warns(UserWarning, match=r"skipped 3 of 6 questions on 1 videos; .*video_1\.npy"):
-        kept = with_features(data.questions, *folders)
-    assert {q.video_id for q in kept} == {"video_0", "video_2"}
-    assert len(AVQADataset(kept, *folders, data.vocabulary)) == 3
-
-
-def test_all_features_there_gives_no_warning(tmp_path):
-    data = make_data(tmp_path, [2, 3])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert with_features(data.questions, tmp_path / "visual") == data.questions

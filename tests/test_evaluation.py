@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcd_edu.data import ANSWERS, QUESTION_TYPES, Question
+from mcd_edu.datasets import load_splits
 from mcd_edu.evaluation import (
     ROWS,
     SHORT,
@@ -28,7 +29,7 @@ from mcd_edu.evaluation import (
     to_predictions,
 )
 from mcd_edu.model import MCD, MCDConfig
-from mcd_edu.training import load_splits, make_toy_set
+from mcd_edu.training import make_toy_set
 
 MICRO, GROUPS, TYPES = ROWS[-3:]
 

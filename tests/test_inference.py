@@ -144,6 +144,9 @@ def test_clue_maps_against_a_loop():
     noisy = torch.where(mask[:, None, None, :, None], clues, 9.)
     torch.testing.assert_close(clue_maps(noisy, mask), maps)
     assert clue_maps(clues, torch.zeros_like(mask)).isfinite().all()
+    both = clue_maps(clues[:, :1], mask)  # a model that looks once at picture and sound together
+    torch.testing.assert_close(both[:, 0], both[:, 1])
+    torch.testing.assert_close(both, clue_maps(clues[:, :1].expand(-1, 2, -1, -1, -1), mask))
 
 
 def test_clues_of_a_reply_are_the_attention_that_the_model_used(answerer, watched):
@@ -170,7 +173,7 @@ def test_a_reply_names_seconds_of_the_video_and_sorts_them():
     probabilities = torch.zeros(len(ANSWERS))
     probabilities[3], probabilities[7] = .6, .4
     clues = torch.tensor([[.1, .2, .7], [.25, .5, .25]])
-    reply = make_reply("Why?", probabilities, clues, np.array([0, 60, 119]), 2, ("why",), "cut")
+    reply = make_reply("Why?", ANSWERS, probabilities, clues, np.array([0, 60, 119]), 2, ("why",), "cut")
     assert (reply.answer, reply.alternatives[0][0]) == (ANSWERS[3], ANSWERS[7])
     assert reply.probability == pytest.approx(.6)
     assert reply.looks_at == (119, 60) and reply.listens_to == (60, 0)   # a tie: the earlier first

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mcd_edu.baselines.knowledge_distillation import TeacherCache
 from mcd_edu.data import DataError
+from mcd_edu.datasets import load_splits
 from mcd_edu.model import MCD, MCDConfig, mcd_losses
+from mcd_edu.models import config_for
 from mcd_edu.samples.scenes import Scene
 from mcd_edu.training import (
     CheckpointError,
@@ -31,7 +34,6 @@ from mcd_edu.training import (
     keywords,
     learning_rate,
     load_checkpoint,
-    load_splits,
     make_optimizer,
     make_toy_set,
     perfect_features,
@@ -42,6 +44,7 @@ from mcd_edu.training import (
 )
 
 CONFIG = TrainingConfig(epochs=4, num_videos=4, learning_rate=3e-3)
+BRIEF = replace(CONFIG, epochs=2)
 FILES = ("config.json", "model.safetensors", "resume.safetensors")
 
 
@@ -326,7 +329,7 @@ def test_stopped_inside_an_epoch_and_resumed(splits, finished, tmp_path, monkeyp
         elif stage == "progress":
             patch.setattr(training, "save_file", fails(save_file, 3))
         else:
-            patch.setattr(training, "mcd_losses", fails(mcd_losses, 5))
+            patch.setattr(MCD, "losses", fails(MCD.losses, 5))
         go()
     assert not list(tmp_path.glob(".*"))
     assert go() == finished[1]
@@ -336,9 +339,10 @@ def test_stopped_inside_an_epoch_and_resumed(splits, finished, tmp_path, monkeyp
 KILLED = """
 import os, signal, sys, torch
 from mcd_edu import training
+from mcd_edu.datasets import load_splits
 from mcd_edu.model import MCDConfig
 torch.set_num_threads(1)
-splits = training.load_splits(sys.argv[1])
+splits = load_splits(sys.argv[1])
 data = splits["train"]
 config = MCDConfig(len(data.vocabulary), visual_dim=data.visual.shape[-1],
                    audio_dim=data.audio.shape[-1], embed_dim=16, num_heads=2, num_blocks=1,
@@ -538,3 +542,20 @@ def test_training_on_a_gpu_is_loaded_without_one(splits, tmp_path):
     assert accuracy(model, splits["val"]) == pytest.approx(max(e["val"] for e in history), abs=.1)
     assert train(tiny(splits["train"]), splits["train"], val=splits["val"], folder=tmp_path,
                  config=CONFIG, device="cuda") == history
+
+
+def test_a_student_learns_from_a_teacher_and_goes_on(splits, tmp_path):
+    """Teacher, cache, student; a student without its teacher is refused."""
+    data, val = splits["train"], splits["val"]
+    small = dict(embed_dim=16, num_heads=2)
+    train(config_for("graph_vqa", data, **small, num_layers=2), data, val, tmp_path / "teacher", BRIEF)
+    teacher, *_ = load_checkpoint(tmp_path / "teacher")
+    cache = TeacherCache.build(teacher, data)
+    student = config_for("graph_vqa", data, **small, distillation="feature")
+    history = train(student, data, val, tmp_path / "student", BRIEF, teacher=cache)
+    assert len(history) == 2 and {"ce", "kd_appearance", "kd_motion"} < set(history[0])
+    assert train(student, data, val, tmp_path / "student", BRIEF, teacher=cache) == history
+    with pytest.raises(ValueError, match="teacher"): train(student, data, val, tmp_path / "alone", BRIEF)
+    other = replace(cache, teacher="another")
+    with pytest.raises(CheckpointError, match="teacher"):
+        train(student, data, val, tmp_path / "student", BRIEF, teacher=other)

@@ -14,29 +14,27 @@ from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from ..encoders import encode_segments, load_encoders
-from ..media import read_segments, write_video, write_whole
+from ..media import claim_folder, read_segments, save_array, write_json, write_video
 from .pictures import INSTRUMENTS
 from .questions import TEMPLATES, Candidate, choose_questions
 from .scenes import FPS, Scene, render_frames, render_waveform, sample_scene
 from .sounds import load_bank
 
 # %% auto #0
-__all__ = ['cached_bank', 'cached_encoders', 'SampleSetConfig', 'held_back_pairs', 'split_scenes', 'annotation', 'write_json',
-           'by_question', 'write_annotations', 'ClipJob', 'make_clip', 'save_array', 'made_from', 'claim_folder',
-           'build_sample_set']
+__all__ = ['cached_bank', 'cached_encoders', 'SampleSetConfig', 'held_back_pairs', 'split_scenes', 'annotation', 'by_question',
+           'write_annotations', 'ClipJob', 'make_clip', 'made_from', 'build_sample_set']
 
 # %% ../../nbs/04b_sample_set.ipynb #c5b030a7
 @dataclass(frozen=True)
 class SampleSetConfig:
     "How large the sample set is, and what of it is written as mp4. [O]"
-    num_train:int = 1800         # clips
-    num_val:int = 150            # clips
-    num_test:int = 300           # clips
+    num_train:int = 2400         # clips
+    num_val:int = 200            # clips
+    num_test:int = 400           # clips
     per_video:int = 16           # questions a clip
     held_back:float = 0.2        # share of the pairs of instruments that only test clips combine
     num_videos:int = 40          # mp4s kept: three quarters of test, a quarter of train
@@ -80,14 +78,6 @@ def annotation(
             "type": json.dumps([form.modality, form.kind]), "question_content": form.text,
             "templ_values": json.dumps(list(candidate.values)), "question_deleted": 0,
             "anser": candidate.answer}
-
-def write_json(
-    path:Path,
-    records:list[dict],
-) -> None:
-    "Write a list of records, one a line, whole or not at all."
-    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    write_whole(path, lambda draft: draft.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
 
 # %% ../../nbs/04b_sample_set.ipynb #6bc76291
 def by_question(
@@ -151,15 +141,6 @@ def make_clip(
         for file, feature in zip(files, features): save_array(file, feature.half().numpy())
     if not job.keep_video: job.video.unlink(missing_ok=True)
 
-def save_array(
-    path:Path,
-    array:np.ndarray,
-) -> None:
-    "np.save, whole or not at all."
-    def write(draft):
-        with draft.open("wb") as file: np.save(file, array, allow_pickle=False)
-    write_whole(path, write)
-
 # %% ../../nbs/04b_sample_set.ipynb #7f1a958d
 def made_from(
     scenes:dict[str, list[Scene]],     # train, val, test
@@ -175,19 +156,6 @@ def made_from(
     sounds = checksum(bank.samples.tobytes()) if bank.kind == "sampled" else bank.kind
     return {"scenes": checksum(truth.encode()), "sounds": sounds,
             "encoders": checksum(b"".join(weights))}
-
-def claim_folder(
-    folder:Path,                       # of the sample set
-    origin:dict[str, str],             # from `made_from`
-) -> None:
-    "Note in the folder what it is made from. ValueError where it is made from something else."
-    path = folder / "made_from.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else origin
-    if other := [key for key in origin if before.get(key) != origin[key]]:
-        raise ValueError(f"{folder} holds a sample set made from other {' and '.join(other)}; "
-                         "delete that folder or choose another one")
-    note = json.dumps(origin, indent=1) + "\n"
-    write_whole(path, lambda draft: draft.write_text(note, encoding="utf-8"))
 
 # %% ../../nbs/04b_sample_set.ipynb #40a690f7
 def build_sample_set(
