@@ -31,7 +31,7 @@ $(INSTALLED): settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-demo: env  ## train on the shipped clips, then ask two questions about one of them
+demo: env  ## train on the shipped clips, then ask about one of them
 	$(NOTEBOOK) nbs/train/music_avqa.ipynb $(DEMO)/music_avqa.ipynb -f params/demo.yaml
 	$(BIN)/mcd-edu answer $(CLIP) $(QUESTIONS) --checkpoint $(CHECKPOINT)
 

@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'MAX_OBJECTS', 'join_names', 'Prepared', 'prepare', 'clue_maps', 'Reply', 'check_fit', 'Answerer',
            'make_reply']
 
-# %% ../nbs/12_inference.ipynb #f2ca3cf8
+# %% ../nbs/12_inference.ipynb #015f76d4
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from inspect import getfile
@@ -66,7 +66,7 @@ def prepare(
     return Prepared(vocabulary.encode(kept, max_tokens), vocabulary.encode(objects, MAX_OBJECTS),
                     unknown, note)
 
-# %% ../nbs/12_inference.ipynb #482ca85e
+# %% ../nbs/12_inference.ipynb #8d67f7ad
 def clue_maps(
     clues:Tensor,            # attention that the model used, k s h l t; visual, audio, visual …
     mask:Tensor,             # True where a word is there, k l
@@ -93,7 +93,7 @@ class Reply:
     unknown:tuple[str, ...]                      # words never seen in training
     note:str=""                                  # what was done to the question, such as a cut
 
-# %% ../nbs/12_inference.ipynb #58d93df9
+# %% ../nbs/12_inference.ipynb #46cedf9e
 def check_fit(
     where:str|Path,          # the checkpoint, for the message
     model:MCD,
@@ -119,7 +119,7 @@ def check_fit(
                               "train it again or add the words that questions are filled with")
     return schema
 
-# %% ../nbs/12_inference.ipynb #63197e36
+# %% ../nbs/12_inference.ipynb #75464edc
 class Answerer:
     "A trained MCD with its encoders and vocabulary: asks about videos it never saw."
     def __init__(self, model:nn.Module, vocabulary:Vocabulary, keywords:Sequence[str],
@@ -189,7 +189,7 @@ class Answerer:
         rows = [self.prepare(choice).tokens for choice in choices]
         return repeat(trim(torch.tensor(rows)), "c n -> 1 k c n", k=num_questions)
 
-# %% ../nbs/12_inference.ipynb #040fb310
+# %% ../nbs/12_inference.ipynb #06dd73b3
 def make_reply(
     question:str,
     answers:Sequence[str],   # what they are called, a

@@ -1,6 +1,7 @@
 """The package is what settings.ini says, and its floors stand on each other in one direction."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -61,13 +62,23 @@ def test_module_comes_from_a_notebook(path):
     assert f"#| default_exp {name}" in notebook.read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def reading_order() -> list[Path]:
+    """The notebooks as the front page lists them."""
+    cells = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    table = next(text for text in map("".join, (cell["source"] for cell in cells))
+                 if text.startswith("## The notebooks"))
+    return [(ROOT / "nbs" / link).resolve() for link in re.findall(r"\]\((\S+\.ipynb)\)", table)]
+
+
 @each_module
-def test_module_imports_only_from_earlier_notebooks(path):
+def test_module_imports_only_from_earlier_notebooks(path, reading_order):
+    place = reading_order.index(notebook_of(path))
     for name in imports(path):
         parts = name.split(".")
         sources = {ROOT.joinpath(*parts[:n]).with_suffix(".py") for n in range(1, len(parts) + 1)}
         for source in sources & set(MODULES):
-            assert notebook_of(source) < notebook_of(path), f"{path.name} imports {name}"
+            assert reading_order.index(notebook_of(source)) < place, f"{path.name} imports {name}"
 
 
 @each_module
