@@ -61,6 +61,8 @@ def answer(
     questions:Annotated[list[str], typer.Argument(help="one question or several, each in quotes")],
     checkpoint:Checkpoint=None,
     top:Annotated[int, typer.Option(min=1, max=10, help="answers and seconds to name")]=3,
+    choice:Annotated[list[str] | None, typer.Option(help="a candidate answer, for a model that was "
+                                                   "trained to choose; several times")]=None,
     as_json:AsJson=False,
     allow_missing:Annotated[bool, typer.Option("--allow-missing", help="black or silence in place "
                                                "of a missing track")]=False,
@@ -69,7 +71,7 @@ def answer(
     "Answer questions about a video. Probabilities and the seconds that the clues point at, too."
     from mcd_edu.inference import Answerer
     answerer = Answerer.load(checkpoint) if checkpoint else Answerer.load()
-    replies = answerer.ask(answerer.watch(video, allow_missing), questions, top)
+    replies = answerer.ask(answerer.watch(video, allow_missing), questions, top, choice or ())
     if as_json: typer.echo(json.dumps([asdict(reply) for reply in replies], indent=1))
     else: typer.echo("\n\n".join(map(describe, replies)))
 

@@ -7,36 +7,62 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
-from .data import DataError, Question, read_annotations
-from .datasets import load_splits
-from .evaluation import Predictions, Score, predict, score, to_predictions
+from .data import MUSIC_AVQA, AVQADataset, DataError, Question, Schema
+from .datasets import DATASETS, find_streams, load_questions, load_splits, schema_from_json, schema_to_json, video_names
+from .evaluation import Predictions, Score, compare, predict, score, to_predictions
 from .media import write_whole
 from .models import config_for
-from .training import TrainingConfig, load_checkpoint, train
+from .samples.action_set import ACTION_SETS, build_action_set
+from .training import TrainingConfig, ask, ask_teacher, load_checkpoint, train
 
 # %% auto #0
-__all__ = ['VARIANTS', 'Run', 'question_digest', 'read_record', 'is_done', 'run_one', 'run_grid', 'Result', 'AskedSet',
-           'load_result', 'load_results', 'by_title', 'summary', 'learning_curve']
+__all__ = ['SOUND', 'SILENT', 'VARIANTS', 'MICRO', 'Variant', 'Run', 'question_digest', 'read_record', 'is_done', 'folder_of',
+           'make_features', 'read_splits', 'train_run', 'answers_per_second', 'AskedSet', 'run_one', 'missing_runs',
+           'teach', 'run_grid', 'Result', 'load_result', 'load_results', 'by_title', 'summary', 'learning_curve',
+           'by_dataset', 'score_datasets', 'Cost', 'cost', 'table_lines', 'overview_table', 'gains', 'behind',
+           'cost_table']
 
 # %% ../nbs/14_experiments.ipynb #5d6b7315
-VARIANTS = {     # which kind of model, if not mcd, and what differs from its defaults
-    "MCD": {},
-    "late fusion": {"head": "late_fusion"},
-    "audio only": {"modalities": "audio"},
-    "pictures only": {"modalities": "visual"},
-    "question only": {"modalities": "none"},
+SOUND, SILENT = ("music_avqa", "avqa"), ("msvd_qa", "msrvtt_qa")
+
+@dataclass(frozen=True)
+class Variant:
+    "A row of the tables."
+    kind:str = "mcd"                                 # which model
+    options:dict = field(default_factory=dict)       # what differs from its defaults
+    datasets:tuple[str, ...] = tuple(DATASETS)       # where it applies
+    teacher:str|None = None                          # a variant that is trained first, and then frozen
+
+VARIANTS = {
+    "MCD": Variant(),
+    "late fusion": Variant(options={"head": "late_fusion"}),       # MCD with another last layer
+    "audio only": Variant(options={"modalities": "audio"}, datasets=SOUND),
+    "pictures only": Variant(options={"modalities": "visual"}, datasets=SOUND),
+    "appearance only": Variant(options={"modalities": "visual"}, datasets=SILENT),
+    "motion only": Variant(options={"modalities": "audio"}, datasets=SILENT),
+    "question only": Variant(options={"modalities": "none"}),
+    "AVST-style": Variant("late_fusion"),
+    "alignment": Variant("alignment"),
+    "alignment (10 layers)": Variant("alignment", {"text_layers": 10}),     # as many parameters as MCD
+    "graph teacher": Variant("graph_vqa", {"num_layers": 4}),
+    "graph student": Variant("graph_vqa"),
+    "student (feature KD)": Variant("graph_vqa", {"distillation": "feature"}, teacher="graph teacher"),
+    "student (logit KD)": Variant("graph_vqa", {"distillation": "logit"}, teacher="graph teacher"),
 }
 
 # %% ../nbs/14_experiments.ipynb #a2fa156d
@@ -47,12 +73,17 @@ class Run:
     seed:int = 0
     clips:int|None = None                # training videos; None: all
     types:bool = False                   # oracle type
-    annotations:str = "json"             # which split
+    annotations:str = "json"             # which split of MUSIC-AVQA
     training:dict = field(default_factory=dict)   # what differs from `TrainingConfig`
+    dataset:str = "music_avqa"           # one of `DATASETS`
 
     def __post_init__(self):
-        if self.variant not in VARIANTS:
-            raise ValueError(f"Run: variant {self.variant!r}; choose one of {', '.join(VARIANTS)}")
+        for name, allowed in (("variant", VARIANTS), ("dataset", DATASETS)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"Run: {name} {value!r}; choose one of {', '.join(allowed)}")
+        if self.dataset not in (fitting := VARIANTS[self.variant].datasets):
+            raise ValueError(f"Run: {self.variant!r} makes no sense on {self.dataset}; "
+                             f"it is for {', '.join(fitting)}")
         try: TrainingConfig(seed=self.seed, **self.training)
         except TypeError as error:
             raise ValueError(f"Run: training={self.training}: {error}") from error
@@ -61,9 +92,16 @@ class Run:
     def config(self) -> TrainingConfig: return TrainingConfig(seed=self.seed, **self.training)
 
     @property
+    def teacher(self) -> Run|None:
+        "What has to be trained before: the same in everything but the variant."
+        name = VARIANTS[self.variant].teacher
+        return None if name is None else replace(self, variant=name)
+
+    @property
     def name(self) -> str:
         "Of its files."
-        parts = [self.variant.replace(" ", "_"), f"clips{self.clips or 'all'}",
+        parts = [*([self.dataset] if self.dataset != "music_avqa" else []),
+                 re.sub(r"[^\w-]+", "_", self.variant).strip("_"), f"clips{self.clips or 'all'}",
                  *(["types"] if self.types else []),
                  *([self.annotations] if self.annotations != "json" else []), f"seed{self.seed}"]
         return "-".join(parts)
@@ -71,7 +109,8 @@ class Run:
     @property
     def title(self) -> str:
         "Of its row in a table: the same for all seeds."
-        parts = [self.variant, *([f"{self.clips} clips"] if self.clips else []),
+        parts = [self.variant, *([self.dataset] if self.dataset != "music_avqa" else []),
+                 *([f"{self.clips} clips"] if self.clips else []),
                  *(["oracle type"] if self.types else []),
                  *([self.annotations] if self.annotations != "json" else [])]
         return ", ".join(parts)
@@ -111,12 +150,108 @@ def is_done(
                         f"or delete the file ({other or record['run']})")
     return True
 
+# %% ../nbs/14_experiments.ipynb #aa14e003
+def folder_of(
+    data:str|Path|Mapping[str, str|Path],    # one folder for all runs, or dataset → folder
+    dataset:str,
+) -> Path:
+    "DataError: a dataset without a folder."
+    if not isinstance(data, Mapping): return Path(data)
+    if dataset not in data:
+        raise DataError(f"no folder given for {dataset}, only for {', '.join(data)}; add it")
+    return Path(data[dataset])
+
+def make_features(
+    folder:str|Path,         # of a sample set; any other folder is left as it is
+    dataset:str,             # one of `DATASETS`
+    workers:int=2,           # processes; 0: no other than this one
+) -> None:
+    "Compute the features that are too large to ship, where they are missing."
+    if dataset not in ACTION_SETS or not (Path(folder) / "made_from.json").is_file(): return
+    streams = find_streams(folder, DATASETS[dataset])
+    there = set.intersection(*(set(video_names(stream)) for stream in streams))
+    parts = load_questions(folder, dataset, features=streams[0])
+    if any(q.video_id not in there for part in parts.values() for q in part):
+        build_action_set(folder, dataset, workers=workers)
+
+# %% ../nbs/14_experiments.ipynb #aa14e005
+def read_splits(
+    run:Run,
+    data:str|Path|Mapping[str, str|Path],
+) -> dict[str, AVQADataset]:     # train, val, test
+    "What a run learns from, chooses on and is asked. DataError."
+    annotations = run.annotations if run.dataset == "music_avqa" else None
+    return load_splits(folder_of(data, run.dataset), run.dataset, clips=run.clips, types=run.types,
+                       annotations=annotations)
+
+def train_run(
+    run:Run,
+    splits:dict[str, AVQADataset],
+    work:str|Path,           # checkpoints: a folder a run
+    show_progress:bool=False,
+) -> dict:                   # model, history and times, for the result file
+    "Train, or go on, or find it done; the teacher of a student first."
+    variant, learn, folder = VARIANTS[run.variant], splits["train"], Path(work) / run.name
+    segments = max(10, *(part.visual.shape[1] for part in splits.values()))
+    config = config_for(kind=variant.kind, data=learn, num_segments=segments, **variant.options)
+    if run.teacher: train_run(run.teacher, splits, work)
+    start, worked, timed = time.perf_counter(), time.process_time(), []
+    teacher = ask_teacher(Path(work) / run.teacher.name, learn, config) if run.teacher else None
+    history = train(config, learn, splits["val"], folder, run.config, on_epoch=timed.append,
+                    show_progress=show_progress, teacher=teacher)
+    return {"model": asdict(config), "history": history,
+            "seconds": round(time.perf_counter() - start, 1),
+            "cpu_seconds": round(time.process_time() - worked, 1),   # of one core, however busy
+            "timed_epochs": len(timed)}      # in this start: fewer than all if it was resumed
+
+# %% ../nbs/14_experiments.ipynb #aa14e007
+@torch.inference_mode()
+def answers_per_second(
+    model:nn.Module,         # with the two doors
+    data:AVQADataset,
+    passes:int=3,            # the best one counts
+    num_videos:int=64,       # videos a batch
+) -> float:
+    "Questions answered in a second of processor time; the first batch is also the warm-up."
+    model.eval()
+    batches, times = list(data.batches(num_videos)), []
+    ask(model, batches[0])
+    for _ in range(passes):
+        start = time.process_time()
+        for batch in batches: ask(model, batch)
+        times.append(time.process_time() - start)
+    return len(data) / max(min(times), 1e-9)
+
+# %% ../nbs/14_experiments.ipynb #ba0d869c
+@dataclass(frozen=True)
+class AskedSet:
+    "What the result files of one dataset and split refer to. Needs no features."
+    right:Predictions        # what is right; nothing is predicted yet
+    digest:str
+    clips:int                # training videos there are
+
+    @classmethod
+    def read(cls,
+        folder:Path,                 # of the dataset
+        run:Run,                     # its dataset and split
+        schema:Schema=MUSIC_AVQA,    # what the numbers in the result file mean
+    ) -> AskedSet:
+        "DataError: missing or broken annotations, or of another dataset than the schema."
+        annotations = run.annotations if run.dataset == "music_avqa" else None
+        parts = load_questions(folder, run.dataset, annotations, wanted=("train", "test"))
+        test = parts["test"]
+        said = [q.choices[0] if q.choices else schema.answers[0] for q in test]    # replaced later
+        try: right = to_predictions(said, test, schema)
+        except (ValueError, IndexError) as error:
+            raise DataError(f"{folder}: does not fit the answers of {schema.name} ({error})") from error
+        return cls(right, question_digest(test), len({q.video_id for q in parts["train"]}))
+
 # %% ../nbs/14_experiments.ipynb #5bb811e5
 def run_one(
     run:Run,
-    data:Path,               # folder of the data set
-    results:Path,            # where the result file goes
-    work:Path,               # where the checkpoint goes
+    data:str|Path|Mapping[str, str|Path],    # folder of the dataset, or dataset → folder
+    results:str|Path,        # where the result file goes
+    work:str|Path,           # where the checkpoint goes
     show_progress:bool=True, # a bar
 ) -> Path:                   # the result file; kept if it is there
     """Train, choose the best epoch on val, answer the test questions once, note everything.
@@ -124,47 +259,67 @@ def run_one(
     torch.set_num_threads(1)
     file = Path(results) / f"{run.name}.json"
     if is_done(run, file): return file
-    start, worked = time.perf_counter(), time.process_time()
-    splits = load_splits(data, clips=run.clips, types=run.types, annotations=run.annotations)
-    learn, test = splits["train"], splits["test"]
-    segments = max(10, *(part.visual.shape[1] for part in splits.values()))
-    options = {"kind": "mcd", **VARIANTS[run.variant]}
-    model_config = config_for(data=learn, num_segments=segments, **options)
-    history = train(model_config, learn, splits["val"], Path(work) / run.name, run.config,
-                    show_progress=show_progress)
-    seconds, worked = time.perf_counter() - start, time.process_time() - worked
+    make_features(folder_of(data, run.dataset), run.dataset, workers=0)
+    splits = read_splits(run, data)
+    found, test = train_run(run, splits, work, show_progress), splits["test"]
     model, *_ = load_checkpoint(Path(work) / run.name)
     shown = {"test": predict(model, test), "shuffled": predict(model, test, shuffle_videos=True)}
-    record = {"run": asdict(run), "model": asdict(model_config), "training": asdict(run.config),
-              "history": history, "seconds": round(seconds),   # of this start: less if resumed
-              "cpu_seconds": round(worked),    # of one core, however busy the machine was
+    asked = AskedSet.read(folder_of(data, run.dataset), run, test.schema)
+    record = {"run": asdict(run), "training": asdict(run.config), **found,
+              "answers_per_second": round(answers_per_second(model, test)),
               "parameters": sum(p.numel() for p in model.parameters()),
               "torch": torch.__version__, "python": platform.python_version(),
-              "machine": platform.machine(), "train_questions": len(learn),
-              "test_questions": question_digest(test.questions),
+              "machine": platform.machine(), "train_questions": len(splits["train"]),
+              "test_questions": asked.digest, "schema": schema_to_json(test.schema),
               "predicted": {name: shown[name].predicted.tolist() for name in shown}}
     write_whole(file, lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
     return file
 
 # %% ../nbs/14_experiments.ipynb #936f4504
+def missing_runs(
+    runs:Sequence[Run],
+    results:str|Path,        # folder of the result files
+) -> list[Run]:              # in their order
+    "The runs that still have to be done. DataError: a file of another run. ValueError: a name twice."
+    names = [run.name for run in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"run_grid: {twice[0]} is there twice; give runs of different names")
+    return [run for run in runs if not is_done(run, Path(results) / f"{run.name}.json")]
+
+def teach(
+    run:Run,                 # of a teacher
+    data:str|Path|Mapping[str, str|Path],
+    work:str|Path,
+) -> None:
+    "See to it that the teacher's checkpoint is there; no result file."
+    torch.set_num_threads(1)
+    train_run(run, read_splits(run, data), work)
+
 def run_grid(
     runs:Sequence[Run],
-    data:str|Path,           # folder of the data set
+    data:str|Path|Mapping[str, str|Path],    # folder of the dataset, or dataset → folder
     results:str|Path,        # folder of the result files
     work:str|Path,           # folder of the checkpoints
     workers:int=2,           # processes, one thread each
 ) -> list[Path]:             # the result files, in the order of the runs
-    """All runs, side by side; what is there already is kept, so a stopped grid goes on.
-    A run that fails is reported when the others are done. ValueError: two runs of one name."""
-    names = [run.name for run in runs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"run_grid: {twice[0]} is there twice; give runs of different names")
-    paths = [Path(p) for p in (data, results, work)]
-    for run in runs: is_done(run, paths[1] / f"{run.name}.json")     # refuse before hours are spent
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run_one, run, *paths, False) for run in runs]
-        for _ in tqdm(as_completed(futures), total=len(futures), unit="run"): pass
-    return [future.result() for future in futures]
+    """All runs, side by side, students after teachers; what is there is kept, so it can be stopped.
+    A run that fails is reported when the others are done. ValueError, DataError: `missing_runs`."""
+    missing, files = missing_runs(runs, results), {}     # refuse before hours are spent
+    for name in {run.dataset: 0 for run in missing}: make_features(folder_of(data, name), name, workers)
+    students = [run for run in missing if run.teacher]
+    others = [run for run in missing if not run.teacher]
+    teachers = {run.teacher.name: run.teacher for run in students if run.teacher not in others}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, \
+            tqdm(total=len(missing) + len(teachers), unit="run") as bar:
+        waves = ([(teach, run, data, work) for run in teachers.values()]
+                 + [(run_one, run, data, results, work, False) for run in others],
+                 [(run_one, run, data, results, work, False) for run in students])
+        for wave in waves:
+            jobs = {pool.submit(*job): job for job in wave}
+            for _ in as_completed(jobs): bar.update()
+            files |= {job[1].name: future for future, job in jobs.items() if job[0] is run_one}
+    return [files[run.name].result() if run.name in files else Path(results) / f"{run.name}.json"
+            for run in runs]
 
 # %% ../nbs/14_experiments.ipynb #1455c863
 @dataclass(frozen=True)
@@ -175,21 +330,6 @@ class Result:
     shuffled:Predictions     # what it answered before another clip: the control
     clips:int                # training videos
     record:dict              # everything else in its file
-
-# %% ../nbs/14_experiments.ipynb #ba0d869c
-@dataclass(frozen=True)
-class AskedSet:
-    "What the result files of one split refer to."
-    right:Predictions        # as if every answer were right
-    digest:str
-    clips:int                # training videos there are
-
-    @classmethod
-    def read(cls, folder:Path) -> AskedSet:   # folder of the annotations
-        train, test = (read_annotations(folder / f"avqa-{split}.json")
-                       for split in ("train", "test"))
-        right = to_predictions([q.answer for q in test], test)
-        return cls(right, question_digest(test), len({q.video_id for q in train}))
 
 # %% ../nbs/14_experiments.ipynb #11d0a017
 def load_result(
@@ -202,14 +342,15 @@ def load_result(
     shown = {name: np.array(record["predicted"][name], int) for name in ("test", "shuffled")}
     alike = record.get("test_questions", asked.digest) == asked.digest    # early files have none
     if not alike or any(x.shape != asked.right.answers.shape for x in shown.values()):
-        raise DataError(f"{file}: answers another test set than that of {run.annotations}/; "
+        split = f"{run.annotations}/" if run.dataset == "music_avqa" else run.dataset
+        raise DataError(f"{file}: answers another test set than that of {split}; "
                         "give the data it was run on")
     test, shuffled = (replace(asked.right, predicted=shown[name]) for name in ("test", "shuffled"))
     return Result(run, test, shuffled, min(run.clips or asked.clips, asked.clips), record)
 
 def load_results(
     folder:str|Path,         # of result files
-    data:str|Path,           # folder of the data set that they are of
+    data:str|Path|Mapping[str, str|Path],    # folder of their dataset, or dataset → folder
 ) -> list[Result]:           # by name
     "All results of a folder, predictions rebuilt. DataError: broken, or of another test set."
     files, asked, results = sorted(Path(folder).glob("*.json")), {}, []
@@ -217,9 +358,12 @@ def load_results(
     for file in files:
         record = read_record(file)
         run = Run(**record["run"])
-        if run.annotations not in asked:
-            asked[run.annotations] = AskedSet.read(Path(data) / run.annotations)
-        results.append(load_result(file, run, record, asked[run.annotations]))
+        schema = schema_from_json(record["schema"]) if "schema" in record else MUSIC_AVQA   # early
+        if (key := (run.dataset, run.annotations, schema)) not in asked:
+            if schema.name != run.dataset:
+                raise DataError(f"{file}: {run.dataset} with answers of {schema.name}; delete it")
+            asked[key] = AskedSet.read(folder_of(data, run.dataset), run, schema)
+        results.append(load_result(file, run, record, asked[key]))
     return results
 
 # %% ../nbs/14_experiments.ipynb #96782ebd
@@ -256,14 +400,123 @@ def learning_curve(
     types:bool=False,
     annotations:str="json",
     draws:int=1000,
+    dataset:str="music_avqa",
 ) -> list[dict]:             # clips, questions, seeds, score; fewest clips first
     "One row of the table over the number of training clips. ValueError: no such runs."
     wanted = [result for result in results if (result.run.variant, result.run.types,
-              result.run.annotations) == (variant, types, annotations)]
+              result.run.annotations, result.run.dataset) == (variant, types, annotations, dataset)]
     if not wanted: raise ValueError(f"learning_curve: no runs of {variant!r} with types={types}, "
-                                    f"annotations={annotations!r}")
+                                    f"annotations={annotations!r} on {dataset}")
     points = [{"clips": group[0].clips, "seeds": len(group),
                "questions": group[0].record.get("train_questions"),
                "score": score([result.test for result in group], draws)[row]}
               for group in by_title(wanted).values()]
     return sorted(points, key=lambda point: point["clips"])
+
+# %% ../nbs/14_experiments.ipynb #aa14e011
+def by_dataset(
+    results:Sequence[Result],
+) -> dict[str, dict[str, list[Result]]]:     # dataset → variant → seeds; in the order of the lists
+    "What can stand in one table. ValueError: see `by_title`, or another number of clips or split."
+    tables = {name: {} for name in DATASETS}
+    for group in by_title(results).values():
+        run, table = group[0].run, tables[group[0].run.dataset]
+        for (other, *_) in table.values():
+            for name in ("clips", "types", "annotations"):
+                if getattr(run, name) != getattr(other.run, name):
+                    raise ValueError(f"{run.title} and {other.run.title}: {name} differs; "
+                                     "such runs do not belong in one table")
+        table[run.variant] = group
+    return {name: {variant: table[variant] for variant in VARIANTS if variant in table}
+            for name, table in tables.items() if table}
+
+def score_datasets(
+    results:Sequence[Result],
+    draws:int=1000,
+) -> dict[str, dict[str, dict[str, Score]]]:     # dataset → variant → row → value and interval
+    "`score` of every model on every dataset, each averaged over its seeds. ValueError."
+    return {name: {variant: score([one.test for one in group], draws) for variant, group in table.items()}
+            for name, table in by_dataset(results).items()}
+
+# %% ../nbs/14_experiments.ipynb #aa14e013
+class Cost(NamedTuple):
+    "Mean over the seeds."
+    parameters:int
+    seconds:float            # of one core, for one training; nan: never seen whole
+    answers_per_second:float # of one core; nan: not measured
+
+def cost(
+    group:Sequence[Result],  # seeds of one model
+) -> Cost:
+    "The price of a row."
+    records = [one.record for one in group]
+    def mean(values): return float(np.mean(values)) if values else float("nan")
+    whole = [r["cpu_seconds"] for r in records
+             if r.get("timed_epochs", r["training"]["epochs"]) == r["training"]["epochs"]]
+    return Cost(records[0]["parameters"], mean(whole),
+                mean([r["answers_per_second"] for r in records if "answers_per_second" in r]))
+
+# %% ../nbs/14_experiments.ipynb #aa14e014
+MICRO = "micro (all questions)"
+
+def table_lines(
+    lines:Sequence[Sequence[str]],   # the first is the head
+) -> str:
+    "A table in Markdown: words to the left, figures to the right."
+    head, *rest = lines
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rest]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+def overview_table(
+    scores:dict[str, dict[str, dict[str, Score]]],   # from `score_datasets`; rows may be added
+    row:str=MICRO,
+) -> str:
+    "A line a model, a column a dataset; the highest figure of a column is bold."
+    titles = list(dict.fromkeys(title for table in scores.values() for title in table))
+    titles.sort(key=lambda title: list(VARIANTS).index(title) if title in VARIANTS else len(VARIANTS))
+    best = {name: max(s[row].value for s in table.values()) for name, table in scores.items()}
+    def cell(name, title):
+        if title not in scores[name]: return "–"
+        found = scores[name][title][row]
+        value, *interval = found.text().partition(" ")
+        return f"**{value}**{''.join(interval)}" if found.value == best[name] else found.text()
+    return table_lines([["", *scores], *([title, *(cell(name, title) for name in scores)]
+                                         for title in titles)])
+
+# %% ../nbs/14_experiments.ipynb #aa14e016
+def gains(
+    table:dict[str, list[Result]],   # variant → seeds, of one dataset
+    reference:str="MCD",
+    draws:int=1000,
+) -> dict[str, dict[str, Score]]:    # other variant → row → reference − other
+    "Paired differences: the same questions, the same drawn videos. Empty without the reference."
+    if reference not in table: return {}
+    tests = {variant: [one.test for one in group] for variant, group in table.items()}
+    return {variant: compare(tests[reference], other, draws) for variant, other in tests.items()
+            if variant != reference}
+
+def behind(
+    found:dict[str, dict[str, Score]],       # from `gains`
+    rows:Sequence[str]|None=None,            # None: all
+) -> list[tuple[str, str, Score]]:           # other variant, row, difference; worst first
+    "Where the reference is beaten: the whole interval of the difference is below zero."
+    lost = [(variant, row, s) for variant, table in found.items() for row, s in table.items()
+            if s.high < 0 and (rows is None or row in rows)]
+    return sorted(lost, key=lambda entry: entry[2].value)
+
+def cost_table(
+    table:dict[str, list[Result]],   # variant → seeds, of one dataset
+    reference:str="MCD",
+    draws:int=1000,
+) -> str:
+    "A line a model: seeds, micro, the reference's lead, parameters, training time, speed."
+    lead = gains(table, reference, draws)
+    def number(x, form): return f"{x:{form}}" if np.isfinite(x) else "–"
+    lines = [["", "seeds", "micro", f"{reference} − it", "parameters", "training, s", "answers/s"]]
+    for variant, group in table.items():
+        price, micro = cost(group), score([one.test for one in group], draws)[MICRO]
+        lines.append([variant, str(len(group)), micro.text(),
+                      lead[variant][MICRO].text(signed=True) if variant in lead else "",
+                      f"{price.parameters:,}", number(price.seconds, ".0f"),
+                      number(price.answers_per_second, ",.0f")])
+    return table_lines(lines)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .data import MUSIC_AVQA, AVQADataset, DataError, Question, Schema
+from .data import AVQADataset, DataError, Question, Schema
+from .datasets import DATASETS
 from .evaluation import Predictions
 from .inference import clue_maps
 from .media import write_whole
@@ -97,14 +98,15 @@ def read_lines(
 
 def read_predictions(
     path:str|Path,                   # from `write_predictions`
-    schema:Schema|None=None,         # types and answers; None: as they occur in the file
+    schema:Schema|None=None,         # types and answers; None: those of its dataset
 ) -> Predictions:
     "The form that `score` and `compare` take. DataError: see `read_lines`, or of another dataset."
     lines = read_lines(Path(path))
-    types = tuple(sorted({tuple(line["type"]) for line in lines}))
-    if schema is None and set(types) <= set(MUSIC_AVQA.question_types): schema = MUSIC_AVQA
+    types, name = tuple(sorted({tuple(line["type"]) for line in lines})), lines[0]["dataset"]
     said = {line[key] for line in lines for key in ("gold", "prediction")}
-    if schema is None: schema = Schema(lines[0]["dataset"], tuple(sorted(said)), types)
+    if schema is None and name in DATASETS and set(types) <= set(DATASETS[name].question_types):
+        types = DATASETS[name].question_types        # all of them, in the order of the tables
+    if schema is None: schema = Schema(name, tuple(sorted(said)), types)
     if unknown := set(types) - set(schema.question_types):
         raise DataError(f"{path}: question type {min(unknown)} is none of {schema.name}; "
                         "give the schema of its dataset")

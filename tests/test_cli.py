@@ -20,7 +20,8 @@ from mcd_edu.data import Vocabulary
 from mcd_edu.inference import WEIGHTS, Answerer, Reply
 from mcd_edu.media import write_video
 from mcd_edu.model import MCD, MCDConfig
-from mcd_edu.samples import sample_set
+from mcd_edu.samples import action_set, choices, sample_set
+from mcd_edu.samples.choices import build_choice_set
 from mcd_edu.samples.sample_set import SampleSetConfig, split_scenes, write_annotations
 from mcd_edu.training import save_checkpoint
 
@@ -369,16 +370,61 @@ def test_evaluate_for_a_person_and_for_a_program(call, data, trained):
     assert code == 0 and out.startswith("10 questions about 2 videos")
 
 
+def test_samples_of_the_other_datasets(call, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(action_set, "build_action_set", lambda *args, **options: seen.append((*args, options)))
+    monkeypatch.setattr(choices, "build_choice_set", lambda *args: seen.append(args))
+    for name in ("avqa", "msvd_qa"):
+        code, out, _ = call("samples", "--out", tmp_path / name, "--dataset", name, "--source", "music", "--workers", 0)
+        assert code == 0 and out == f"{name}: {tmp_path / name}\n"
+    assert seen == [(tmp_path / "avqa", Path("music")), (tmp_path / "msvd_qa", "msvd_qa", {"workers": 0})]
+    code, _, err = call("samples", "--out", tmp_path / "cats", "--dataset", "cats")
+    assert code == 1 and "dataset 'cats' is unknown" in err and not (tmp_path / "cats").exists()
+
+
+def test_pack_makes_a_store_that_evaluate_reads(call, data, trained, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    feats = tmp_path / "data" / "feats"
+    for kind in ("visual", "audio"):
+        code, out, _ = call("pack", feats / f"small_{kind}", "--out", feats / kind, "--encoder", kind, "--dtype", "float32")
+        assert code == 0 and out == f"11 videos, by {kind}: {feats / kind}\n"
+    lines = [call("evaluate", tmp_path / "data", "--checkpoint", trained, *options)
+             for options in ((), ("--visual", "visual", "--audio", "audio"))]
+    assert lines[0] == lines[1] and lines[0][0] == 0
+    code, _, err = call("pack", tmp_path / "none", "--out", tmp_path / "store", "--encoder", "x")
+    assert code == 1 and err.count("\n") == 1 and not (tmp_path / "store").exists()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Fifteen sample clips with the features of the shipped encoders."""
+    folder = tmp_path_factory.mktemp("made") / "music_avqa"
+    main(["samples", "--out", str(folder), "--clips", "15", "--videos", "0", "--workers", "0"])
+    return folder
+
+
 @pytest.mark.parametrize("model", ["late_fusion", "alignment", "graph_vqa"])
-def test_other_models_train_evaluate_and_answer(call, clip, tmp_path, model):
-    code, _, err = call("samples", "--out", tmp_path / "data", "--clips", 15, "--videos", 0, "--workers", 0)
-    assert code == 0, err
-    code, *_ = call("train", tmp_path / "data", "--out", tmp_path / "model", "--model", model, "--epochs", 1, "--clips", 2)
+def test_other_models_train_evaluate_and_answer(call, clip, made, tmp_path, model):
+    code, *_ = call("train", made, "--out", tmp_path / "model", "--model", model, "--epochs", 1, "--clips", 2)
     assert code == 0
-    code, out, _ = call("evaluate", tmp_path / "data", "--checkpoint", tmp_path / "model")
+    code, out, _ = call("evaluate", made, "--checkpoint", tmp_path / "model")
     assert code == 0 and "micro (all questions)" in out
     code, out, err = call("answer", clip, "Is there a violin?", "--checkpoint", tmp_path / "model")
     assert code == 0 and err == "" and out.startswith("Q: Is there a violin?\nA: ")
+
+
+def test_a_model_that_chooses_is_given_choices(call, clip, made, tmp_path):
+    build_choice_set(tmp_path / "avqa", made, num_train=12, num_val=3)
+    code, *_ = call("train", tmp_path / "avqa", "--out", tmp_path / "model", "--epochs", 1)
+    assert code == 0
+    options = [word for name in ("left", "right", "nowhere", "everywhere") for word in ("--choice", name)]
+    ask = ["answer", clip, "Where does it sound?", "--checkpoint", tmp_path / "model"]
+    code, out, _ = call(*ask, *options, "--json")
+    assert code == 0 and json.loads(out)[0]["answer"] in options
+    code, _, err = call(*ask, *options[2:])
+    assert code == 1 and err.count("\n") == 1 and "3 choices: this model was trained to choose among 4" in err
+    code, out, _ = call("evaluate", tmp_path / "avqa", "--checkpoint", tmp_path / "model")
+    assert code == 0 and "mean of the 24 types" in out
 
 
 def test_a_student_is_trained_by_a_teacher(call, data, trained, tmp_path):

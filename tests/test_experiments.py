@@ -1,28 +1,40 @@
 """A run is its settings; its file is kept, checked and read back; summaries average over seeds."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
 
 from mcd_edu import experiments
 from mcd_edu.data import DataError
-from mcd_edu.datasets import load_splits
-from mcd_edu.evaluation import ROWS, averages, predict, score
+from mcd_edu.datasets import DATASETS, load_splits
+from mcd_edu.evaluation import ROWS, averages, compare, predict, score
 from mcd_edu.experiments import (
     VARIANTS,
     Result,
     Run,
+    answers_per_second,
+    behind,
+    by_dataset,
     by_title,
+    cost,
+    cost_table,
+    folder_of,
+    gains,
     learning_curve,
     load_results,
+    make_features,
+    missing_runs,
+    overview_table,
     question_digest,
     run_grid,
     run_one,
+    score_datasets,
     summary,
 )
-from mcd_edu.models import config_for
+from mcd_edu.models import MODELS, config_for
+from mcd_edu.samples import action_set
 from mcd_edu.training import TrainingConfig, load_checkpoint, make_toy_set
 
 MICRO = "micro (all questions)"
@@ -30,7 +42,7 @@ BRIEF = dict(epochs=2, num_videos=4)
 
 
 def untimed(record):
-    return {key: value for key, value in record.items() if "seconds" not in key}
+    return {key: value for key, value in record.items() if "second" not in key and key != "timed_epochs"}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +55,12 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch):
     """Models that train in no time; worker processes do not know of it."""
-    small = dict(embed_dim=16, num_heads=2, num_blocks=1, shared_dim=8)
-    monkeypatch.setattr(experiments, "config_for", lambda **options: config_for(**options, **small))
+    small = dict(embed_dim=16, num_heads=2, num_blocks=1, shared_dim=8, hidden_dim=16)
+
+    def config(kind, **options):
+        known = {field.name for field in fields(MODELS[kind][0])}
+        return config_for(kind=kind, **{k: v for k, v in small.items() if k in known}, **options)
+    monkeypatch.setattr(experiments, "config_for", config)
 
 
 @pytest.fixture
@@ -72,13 +88,21 @@ def test_names_of_files_and_rows():
     assert run.name == "late_fusion-clips300-types-json_by_question-seed2"
     assert run.title == "late fusion, 300 clips, oracle type, json_by_question"
     assert Run("MCD").name == "MCD-clipsall-seed0" and Run("MCD", 5).title == "MCD"
-    runs = [Run(v, s, c, t) for v in VARIANTS for s in (0, 1) for c in (None, 9) for t in (False, True)]
+    other = Run("student (feature KD)", 1, dataset="msvd_qa")
+    assert (other.name, other.title) == ("msvd_qa-student_feature_KD-clipsall-seed1", "student (feature KD), msvd_qa")
+    assert other.teacher == Run("graph teacher", 1, dataset="msvd_qa") and other.teacher.teacher is None
+    runs = [Run(v, s, c, t, dataset=d) for v in VARIANTS for d in VARIANTS[v].datasets
+            for s in (0, 1) for c in (None, 9) for t in (False, True)]
+    assert {run.dataset for run in runs} == set(DATASETS)
     assert len({run.name for run in runs}) == len(runs) == 2 * len({run.title for run in runs})
 
 
 @pytest.mark.parametrize("options, message", [
     (dict(variant="video only"), "choose one of MCD"), (dict(training=dict(epoch=3)), "epoch"),
     (dict(training=dict(seed=3)), "seed"), (dict(training=dict(epochs=0)), "epochs=0"),
+    (dict(dataset="msvd"), "choose one of music_avqa, avqa, msvd_qa, msrvtt_qa"),
+    (dict(variant="audio only", dataset="msvd_qa"), "for music_avqa, avqa"),
+    (dict(variant="motion only", dataset="avqa"), "for msvd_qa, msrvtt_qa"),
 ])
 def test_runs_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -86,15 +110,16 @@ def test_runs_that_cannot_be_are_refused(options, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "music_avqa" in VARIANTS[name].datasets])
 def test_every_variant_runs(go, data, variant):
     run, file = go(variant, clips=3)
     record = json.loads(file.read_text())
     assert file.name == f"{run.name}.json" and record["run"] == asdict(run)
     assert record["training"] == asdict(TrainingConfig(epochs=2, num_videos=4))
-    assert record["model"].items() >= VARIANTS[variant].items()
+    assert record["model"].items() >= VARIANTS[variant].options.items()
     assert len(record["history"]) == 2 and record["train_questions"] == 12
     assert all(len(record["predicted"][name]) == 20 for name in ("test", "shuffled"))
+    assert record["timed_epochs"] == 2 and record["answers_per_second"] > 0 and record["parameters"] > 0
 
 
 def test_the_file_holds_what_the_checkpoint_says(go, data, tmp_path):
@@ -188,6 +213,219 @@ def test_worker_processes_give_the_same_bits(data, tmp_path, monkeypatch):
     here = run_one(run, data, tmp_path / "here", tmp_path / "work here")
     first, second = (json.loads(file.read_text()) for file in (there, here))
     assert untimed(first) == untimed(second)
+
+
+# Teachers and students -------------------------------------------------------------------------
+
+STUDENTS = "student (feature KD)", "student (logit KD)"
+
+
+@pytest.fixture
+def taught(data, tmp_path, monkeypatch):
+    """A grid of both students of a teacher who stands behind them, and the order of the trainings."""
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", Now)
+    order, real = [], experiments.train
+
+    def train(config, learn, val, folder, *args, **options):
+        history = real(config, learn, val, folder, *args, **options)
+        if options["on_epoch"].__self__: order.append(folder.name)      # it did train
+        return history
+    monkeypatch.setattr(experiments, "train", train)
+    runs = [Run(name, clips=3, training=BRIEF) for name in (*STUDENTS, "graph teacher")]
+
+    def go(runs=runs): return run_grid(runs, data, tmp_path / "results", tmp_path / "work")
+    return go, runs, order
+
+
+def test_a_teacher_is_trained_first_and_once(taught, data):
+    go, runs, order = taught
+    files = go()
+    assert [file.stem for file in files] == [run.name for run in runs]
+    assert order == [runs[2].name, runs[0].name, runs[1].name]
+    first, second, teacher = (json.loads(file.read_text()) for file in files)
+    assert first["model"]["distillation"] == "feature" and second["model"]["distillation"] == "logit"
+    assert teacher["model"]["num_layers"] == 4 and first["model"]["num_layers"] == 1
+    alone = json.loads(run_one(replace(runs[0], variant="graph student"), data, files[0].parent / "x",
+                               files[0].parent / "y").read_text())
+    assert alone["history"] != first["history"] != second["history"]
+
+
+def test_a_teacher_who_is_not_in_the_list_leaves_no_result(taught, tmp_path):
+    go, runs, order = taught
+    go(runs[:1])
+    assert order == [runs[2].name, runs[0].name]
+    assert [file.stem for file in (tmp_path / "results").iterdir()] == [runs[0].name]
+    go()                                                 # grows: the teacher is not trained again
+    assert order == [runs[2].name, runs[0].name, runs[1].name]
+
+
+def test_a_teacher_whose_checkpoint_is_gone_comes_back(taught, tmp_path):
+    import shutil
+    go, runs, order = taught
+    files = go()
+    before = files[0].read_text()
+    files[0].unlink()
+    shutil.rmtree(tmp_path / "work")
+    order.clear()
+    assert missing_runs(runs, tmp_path / "results") == runs[:1]
+    assert go() == files and order == [runs[2].name, runs[0].name]
+    assert untimed(json.loads(files[0].read_text())) == untimed(json.loads(before))
+
+
+def test_students_of_one_seed_alone_need_no_grid(go, tmp_path):
+    run, file = go(STUDENTS[0], clips=3)
+    assert file.is_file() and (tmp_path / "work" / run.teacher.name / "model.safetensors").is_file()
+
+
+def test_a_teacher_that_fails_fails_its_student(taught, tmp_path):
+    go, runs, _ = taught
+    go(runs[2:])
+    with pytest.raises(ValueError, match="other settings"):
+        go([replace(runs[0], training=dict(BRIEF, epochs=3))])
+
+
+# Other datasets --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory):
+    """A few silent clips."""
+    folder = tmp_path_factory.mktemp("silent")
+    action_set.build_action_set(folder, "msvd_qa", SMALL_SET, workers=0)
+    return folder
+
+
+SMALL_SET = action_set.ActionSetConfig(num_train=8, num_val=3, num_test=4, num_videos=0)
+
+
+@pytest.fixture
+def both(data, silent):
+    return {"music_avqa": data, "msvd_qa": silent}
+
+
+@pytest.fixture
+def two_sets(both, tmp_path):
+    """Result files of two datasets, in one folder."""
+    for dataset in both:
+        for variant in ("MCD", "AVST-style"):
+            run_one(Run(variant, training=BRIEF, dataset=dataset), both, tmp_path / "results", tmp_path / "work")
+    return load_results(tmp_path / "results", both)
+
+
+def test_results_of_several_datasets_are_kept_apart(two_sets, both, tmp_path):
+    tables = by_dataset(two_sets)
+    assert {name: list(table) for name, table in tables.items()} == {
+        name: ["MCD", "AVST-style"] for name in ("music_avqa", "msvd_qa")}
+    for name, table in tables.items():
+        splits = load_splits(both[name], name)
+        for group in table.values():
+            result, = group
+            model, *_ = load_checkpoint(tmp_path / "work" / result.run.name)
+            wanted = predict(model, splits["test"])
+            assert result.test.schema == splits["test"].schema and result.test.schema.name == name
+            assert (result.test.predicted == wanted.predicted).all() and result.test.right.sum() == wanted.right.sum()
+            assert result.clips == len(splits["train"].videos)
+    assert len(learning_curve(two_sets)) == len(learning_curve(two_sets, dataset="msvd_qa")) == 1
+    with pytest.raises(ValueError, match="avqa"):
+        learning_curve(two_sets, dataset="avqa")
+    with pytest.raises(ValueError, match="different test sets"):
+        compare(tables["music_avqa"]["MCD"][0].test, tables["msvd_qa"]["MCD"][0].test)
+
+
+def test_results_are_read_without_features(two_sets, both, silent, tmp_path):
+    import shutil
+    bare = tmp_path / "bare"
+    shutil.copytree(silent, bare, ignore=shutil.ignore_patterns("feats", "video"))
+    again = load_results(tmp_path / "results", {**both, "msvd_qa": bare})
+    assert [r.run for r in again] == [r.run for r in two_sets]
+    assert all((a.test.right == b.test.right).all() for a, b in zip(again, two_sets))
+
+
+def test_a_dataset_without_a_folder_or_with_that_of_another_is_refused(two_sets, data, silent, tmp_path):
+    for folders, message in (({"music_avqa": data}, "no folder given for msvd_qa"),
+                             ({"music_avqa": data, "msvd_qa": data}, "_qa.json"), (data, "_qa.json"),
+                             ({"music_avqa": silent, "msvd_qa": silent}, "avqa-t")):
+        with pytest.raises(DataError, match=message):
+            load_results(tmp_path / "results", folders)
+    assert folder_of("x", "avqa") == folder_of({"avqa": "x"}, "avqa")
+    file = tmp_path / "results" / f"{two_sets[0].run.name}.json"
+    record = json.loads(file.read_text())
+    record["schema"]["name"] = "avqa"
+    file.write_text(json.dumps(record))
+    with pytest.raises(DataError, match="answers of avqa"):
+        load_results(tmp_path / "results", {"music_avqa": data, "msvd_qa": silent})
+
+
+def test_missing_features_are_made(silent, tmp_path, monkeypatch):
+    import shutil
+    monkeypatch.setattr(action_set, "ACTION_SETS", {"msvd_qa": SMALL_SET})
+    bare = tmp_path / "msvd_qa"
+    shutil.copytree(silent, bare, ignore=shutil.ignore_patterns("feats"))
+    make_features(tmp_path, "msvd_qa")                   # not a sample set: left alone
+    make_features(bare, "msvd_qa", workers=0)
+    for file in silent.glob("feats/*/*.npy"):
+        assert file.read_bytes() == (bare / file.relative_to(silent)).read_bytes()
+    monkeypatch.setattr(experiments, "build_action_set", lambda *args, **kw: pytest.fail("made again"))
+    make_features(bare, "msvd_qa")
+
+
+def test_files_of_the_first_form_are_read(go, data, tmp_path):
+    """They name no dataset, no schema, no speed."""
+    _, file = go("MCD")
+    record = json.loads(file.read_text())
+    for key in ("schema", "answers_per_second", "timed_epochs"): del record[key]
+    del record["run"]["dataset"]
+    new, = load_results(tmp_path / "results", data)
+    file.write_text(json.dumps(record))
+    old, = load_results(tmp_path / "results", data)
+    assert old.run == new.run and (old.test.right == new.test.right).all() and old.test.schema == new.test.schema
+    assert cost([old]).seconds == record["cpu_seconds"] and np.isnan(cost([old]).answers_per_second)
+    assert not missing_runs([old.run], tmp_path / "results") and "| – |" in cost_table({"MCD": [old]})
+
+
+# One table -------------------------------------------------------------------------------------
+
+def records(seconds=10., epochs=2, timed=2):
+    return dict(parameters=1000, training=dict(epochs=epochs), cpu_seconds=seconds, timed_epochs=timed,
+                answers_per_second=500)
+
+
+def test_costs_leave_out_what_was_resumed():
+    right = np.ones(9)
+    group = [fake("MCD", 0, right, **records(10.)), fake("MCD", 1, right, **records(20.)),
+             fake("MCD", 2, right, **records(1., timed=1))]
+    assert cost(group) == (1000, 15., 500.)
+    assert np.isnan(cost(group[2:]).seconds) and "| – |" in cost_table({"MCD": group[2:]})
+
+
+def test_a_table_shows_where_the_reference_is_beaten():
+    good, bad = np.arange(180) % 4 > 0, np.arange(180) % 4 > 2
+    results = [fake(variant, seed, right, **records()) for seed in (0, 1)
+               for variant, right in (("MCD", bad), ("AVST-style", good), ("question only", bad))]
+    table = by_dataset(results)["music_avqa"]
+    assert list(table) == ["MCD", "question only", "AVST-style"]          # the order of VARIANTS
+    found = gains(table)
+    assert list(found) == ["question only", "AVST-style"]
+    assert found["AVST-style"] == compare(*([r.test for r in table[name]] for name in ("MCD", "AVST-style")))
+    lost = behind(found)
+    assert {variant for variant, *_ in lost} == {"AVST-style"} and MICRO in [row for _, row, _ in lost]
+    assert behind(found, rows=[MICRO]) == [("AVST-style", MICRO, found["AVST-style"][MICRO])]
+    lines = cost_table(table).splitlines()
+    assert len({line.count("|") for line in lines}) == 1 and "| -50.0 (" in lines[-1] and "1,000" in lines[-1]
+    overview = overview_table(score_datasets(results))
+    assert "| **75.0** (" in overview.splitlines()[-1] and overview.count("**") == 2
+    assert gains({"AVST-style": table["AVST-style"]}) == {}
+
+
+def test_one_table_holds_one_size_of_training_set():
+    right = np.ones(9)
+    with pytest.raises(ValueError, match="clips differs"):
+        by_dataset([fake("MCD", 0, right), fake("AVST-style", 0, right, clips=3)])
+
+
+def test_speed_is_counted_in_answers(data):
+    from mcd_edu.models import build
+    part = load_splits(data)["test"]
+    assert answers_per_second(build(config_for("late_fusion", part)), part, passes=1) > 1
 
 
 # Reading results -------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_a_line_against_the_model(data, written):
 
 def test_reading_gives_the_predictions_of_the_model(data, written):
     again, direct = read_predictions(written), predict(make(data), data)
-    assert again.schema == MUSIC_AVQA
+    assert again.schema.name == "music_avqa" and again.schema.question_types == MUSIC_AVQA.question_types
     for name in ("right", "types", "question_ids"):
         assert np.array_equal(getattr(again, name), getattr(direct, name))
     assert score(again, 50) == score(direct, 50)
