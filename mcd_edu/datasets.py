@@ -279,7 +279,7 @@ def load_questions(
     naming = Naming(video_names(features), mapping)
     def parse(record, place): return source.parse(record, place, naming)
     paths = annotation_files(folder, source, annotations, files)
-    needed = {split if split in paths else "train" for split in wanted}
+    needed = dict.fromkeys(split if split in paths else "train" for split in wanted)
     questions = {split: read_annotations(paths[split], skip_bad, parse) for split in needed}
     if "val" not in paths and "train" in needed:
         questions["train"], questions["val"] = split_by_video(questions["train"])
