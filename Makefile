@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 # nbdev leaves one blank line after the imports of a module, and none after `from __future__`
 EXPORTED_IMPORTS := --config lint.isort.lines-after-imports=1 --config 'lint.isort.no-lines-before=["standard-library"]'
 
-.PHONY: help env demo test lint lab export notebooks readme samples encoders weights results tables
+.PHONY: help env demo test lint lab export notebooks readme samples encoders weights results tables bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,10 @@ encoders: env  ## train the shipped encoders anew
 
 weights: env  ## train the shipped model anew
 	$(NOTEBOOK) nbs/train/music_avqa.ipynb runs/weights/music_avqa.ipynb -f params/sample/music_avqa.yaml
+
+bench: env  ## measure speed and memory on this machine, then show it
+	$(BIN)/python benchmarks/model.py --bf16
+	$(NOTEBOOK) nbs/experiments/speed.ipynb runs/bench/speed.ipynb
 
 tables: env  ## run the missing trainings of the table of all models, then show it
 	$(NOTEBOOK) nbs/experiments/all_models.ipynb runs/tables/all_models.ipynb -f params/all_models.yaml
