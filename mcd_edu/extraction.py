@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .encoders import VisualEncoder, load_encoders
-from .media import SAMPLE_RATE, MediaError, missing, open_media, read_segments, write_whole
+from .media import SAMPLE_RATE, MediaError, missing, open_media, read_segments, save_array
 
 # %% auto #0
 __all__ = ['SHIPPED', 'NO_POOLER', 'FAMILIES', 'PROCESSORS', 'ENCODERS', 'SUFFIXES', 'EncoderError', 'Encoder', 'load_small',
@@ -454,9 +454,7 @@ def save_features(
     array = features.half().numpy()
     if not np.isfinite(array).all():
         raise ValueError("its features are not finite in half precision; use another encoder")
-    def write(draft):
-        with draft.open("wb") as file: np.save(file, array, allow_pickle=False)
-    write_whole(path, write)
+    save_array(path, array)
 
 # %% ../nbs/15_extraction.ipynb #f607fadc
 @dataclass(frozen=True)
