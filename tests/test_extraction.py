@@ -218,7 +218,7 @@ def test_a_full_disk_stops_the_run(videos, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(extraction, "write_whole", full)
+    monkeypatch.setattr(extraction, "save_array", full)
     with pytest.raises(OSError, match="No space"):
         run(videos, tmp_path)
 
@@ -229,6 +229,7 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 import mcd_edu.extraction as extraction
+import mcd_edu.media as media
 
 class Dying:
     left = {left}
@@ -241,7 +242,7 @@ class Dying:
         os.kill(os.getpid(), signal.SIGKILL)
     def __getattr__(self, name): return getattr(np, name)
 
-extraction.np = Dying()
+media.np = Dying()
 extraction.extract(sys.argv[1], sys.argv[2], batch=2, progress=False)
 """
 
