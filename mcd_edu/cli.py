@@ -217,7 +217,7 @@ def evaluate(
     from mcd_edu.evaluation import predict, score
     from mcd_edu.inference import WEIGHTS
     from mcd_edu.models import frames_of
-    from mcd_edu.predictions import write_predictions
+    from mcd_edu.predictions import read_predictions, write_predictions
     from mcd_edu.training import load_checkpoint, schema_of
     if out and shuffle_videos:
         raise ValueError("--out is for the predictions of a model that sees the right videos; "
@@ -226,8 +226,9 @@ def evaluate(
     model, vocabulary, about = load_checkpoint(checkpoint)
     part = load_split(data, split, vocabulary, schema_of(checkpoint, about), dataset, visual, audio,
                       annotations, skip_bad, frames_of(model.config))
-    scores = rounded(score(predict(model, part, shuffle_videos=shuffle_videos)))
-    if out: write_predictions(out, model, part)
+    found = (read_predictions(write_predictions(out, model, part), part.schema) if out
+             else predict(model, part, shuffle_videos=shuffle_videos))
+    scores = rounded(score(found))
     sizes = {"questions": len(part), "videos": len(part.videos)}
     if as_json: typer.echo(json.dumps({**sizes, "per cent, from, to": scores}, indent=1))
     else: typer.echo(f"{sizes['questions']} questions about {sizes['videos']} videos\n"

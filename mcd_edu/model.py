@@ -20,10 +20,20 @@ from .fusion import LocalElementFusion
 from .layers import KeysValues, check_mask, masked_mean
 
 # %% auto #0
-__all__ = ['MCDConfig', 'VideoState', 'Answer', 'PredictionHead', 'Standardise', 'check_choices', 'score_choices', 'answer_loss',
-           'MCD', 'mcd_losses']
+__all__ = ['check_named', 'MCDConfig', 'VideoState', 'Answer', 'PredictionHead', 'Standardise', 'check_choices', 'score_choices',
+           'answer_loss', 'MCD', 'mcd_losses']
 
 # %% ../nbs/09_model.ipynb #cdd0455b
+def check_named(
+    config,                         # a configuration
+    **allowed:tuple[str, ...],      # field → the names it may hold
+) -> None:
+    "ValueError where a field holds a name that is not one of its own."
+    for name, names in allowed.items():
+        if getattr(config, name) not in names:
+            raise ValueError(f"{type(config).__name__}: {name}={getattr(config, name)!r} is unknown; "
+                             f"choose one of {', '.join(names)}")
+
 @dataclass(frozen=True)
 class MCDConfig:
     "Every choice of the model that a reader may change; defaults for the sample set. [O]"
@@ -49,12 +59,8 @@ class MCDConfig:
     num_choices:int = 0             # candidates of a question; 0: a classifier of num_answers
 
     def __post_init__(self):
-        choices = {"head": ("clue_only", "late_fusion"),
-                   "modalities": ("both", "visual", "audio", "none")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"MCDConfig: {name}={getattr(self, name)!r} is unknown; "
-                                 f"choose one of {', '.join(allowed)}")
+        check_named(self, head=("clue_only", "late_fusion"),
+                    modalities=("both", "visual", "audio", "none"))
 
 # %% ../nbs/09_model.ipynb #2962a01d
 class VideoState(NamedTuple):

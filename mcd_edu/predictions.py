@@ -5,7 +5,7 @@
 # %% ../nbs/12b_predictions.ipynb #c6e437cd
 from __future__ import annotations
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ from .media import write_whole
 from .training import ask
 
 # %% auto #0
-__all__ = ['LEAST', 'TOP', 'answer_names', 'answer_lines', 'write_predictions', 'read_lines', 'read_predictions', 'read_pair']
+__all__ = ['LEAST', 'TOP', 'answer_names', 'answer_lines', 'write_predictions', 'read_lines', 'words_of', 'number_lines',
+           'read_predictions', 'read_pair']
 
 # %% ../nbs/12b_predictions.ipynb #c4044e3e
 LEAST = 1e-3         # answers less probable than this are left out of the file
@@ -96,26 +97,38 @@ def read_lines(
     if not lines: raise DataError(f"{path}: holds no predictions; write the file again")
     return sorted(lines, key=lambda line: line["id"])
 
+def words_of(lines:Sequence[dict]) -> list[str]:
+    "Whatever was right or was said, once."
+    return sorted({line[key] for line in lines for key in ("gold", "prediction")})
+
+def number_lines(
+    lines:Sequence[dict],            # from `read_lines`
+    words:Sequence[str],             # equal words get equal numbers
+    where:str|Path,                  # the file, for the message
+    schema:Schema|None=None,         # types and answers; None: those of its dataset
+) -> Predictions:
+    "Words as numbers. DataError: a question type that the schema does not have."
+    types, name = tuple(sorted({tuple(line["type"]) for line in lines})), lines[0]["dataset"]
+    if schema is None and name in DATASETS and set(types) <= set(DATASETS[name].question_types):
+        types = DATASETS[name].question_types        # all of them, in the order of the tables
+    if schema is None: schema = Schema(name, tuple(words), types)
+    if unknown := set(types) - set(schema.question_types):
+        raise DataError(f"{where}: question type {min(unknown)} is none of {schema.name}; "
+                        "give the schema of its dataset")
+    number = {word: i for i, word in enumerate(words)}
+    videos = {video: i for i, video in enumerate(sorted({line["video"] for line in lines}))}
+    columns = [[number[line["prediction"]], number[line["gold"]],
+                schema.question_types.index(tuple(line["type"])), videos[line["video"]], line["id"]]
+               for line in lines]
+    return Predictions(*np.array(columns).T, schema)
+
 def read_predictions(
     path:str|Path,                   # from `write_predictions`
     schema:Schema|None=None,         # types and answers; None: those of its dataset
 ) -> Predictions:
     "The form that `score` and `compare` take. DataError: see `read_lines`, or of another dataset."
     lines = read_lines(Path(path))
-    types, name = tuple(sorted({tuple(line["type"]) for line in lines})), lines[0]["dataset"]
-    said = {line[key] for line in lines for key in ("gold", "prediction")}
-    if schema is None and name in DATASETS and set(types) <= set(DATASETS[name].question_types):
-        types = DATASETS[name].question_types        # all of them, in the order of the tables
-    if schema is None: schema = Schema(name, tuple(sorted(said)), types)
-    if unknown := set(types) - set(schema.question_types):
-        raise DataError(f"{path}: question type {min(unknown)} is none of {schema.name}; "
-                        "give the schema of its dataset")
-    words = {word: i for i, word in enumerate(sorted(said))}     # equal words, equal numbers
-    videos = {video: i for i, video in enumerate(sorted({line["video"] for line in lines}))}
-    columns = [[words[line["prediction"]], words[line["gold"]],
-                schema.question_types.index(tuple(line["type"])), videos[line["video"]], line["id"]]
-               for line in lines]
-    return Predictions(*np.array(columns).T, schema)
+    return number_lines(lines, words_of(lines), path, schema)
 
 # %% ../nbs/12b_predictions.ipynb #7f08fbed
 def read_pair(
@@ -129,10 +142,6 @@ def read_pair(
     if asked[0] != asked[1]:
         raise DataError(f"{first} and {second}: not the same questions ({len(asked[0])} and "
                         f"{len(asked[1])}); compare what was asked the same test set")
-    one, two = (read_predictions(path) for path in (first, second))
-    words = sorted({line[key] for lines in pair for line in lines for key in ("gold", "prediction")})
-    number = {word: i for i, word in enumerate(words)}
-    def columns(lines): return (np.array([number[line[key]] for line in lines])
-                                for key in ("prediction", "gold"))
-    return tuple(Predictions(*columns(lines), part.types, part.videos, part.question_ids, one.schema)
-                 for lines, part in zip(pair, (one, two)))
+    words = words_of([*pair[0], *pair[1]])
+    one = number_lines(pair[0], words, first)
+    return one, number_lines(pair[1], words, second, one.schema)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import linear, norm
+from toys import ask, awake, clips
 
 from mcd_edu.baselines.alignment import (
     Alignment,
@@ -23,25 +24,7 @@ VARIANTS = [{"axis": axis, "pre_norm": pre_norm} for axis in ("time", "features"
 
 
 def make(dtype=torch.float32, **options) -> Alignment:
-    """A model whose every parameter takes part, norms and biases too."""
-    torch.manual_seed(0)
-    model = Alignment(replace(TINY, **options)).to(dtype)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return model.eval()
-
-
-def clips(b=3, t=5, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(b, t, dim, generator=generator, dtype=dtype) for dim in (6, 3)]
-
-
-def ask(b=3, k=2, longest=6, seed=0):
-    """Questions of different lengths, padded at the end."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, 20, (b, k, longest), generator=generator)
-    lengths = torch.randint(1, longest + 1, (b, k, 1), generator=generator)
-    return tokens.masked_fill(torch.arange(longest) >= lengths, 0)
+    return awake(Alignment(replace(TINY, **options)), dtype)
 
 
 # Oracles ----------------------------------------------------------------------------------------

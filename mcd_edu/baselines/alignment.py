@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..encoders import TextEncoder
 from ..layers import FeedForward, KeysValues, MultiHeadAttention, check_mask, masked_mean
-from ..model import Answer, Standardise, answer_loss, check_choices, score_choices
+from ..model import Answer, Standardise, answer_loss, check_choices, check_named, score_choices
 from .late_fusion import check_features, check_tokens
 
 # %% auto #0
@@ -64,12 +64,8 @@ class AlignmentConfig:
     direction:str = "visual_audio"  # KL(visual ‖ audio), or audio_visual, or both: their mean
 
     def __post_init__(self):
-        choices = {"axis": ("time", "features"),
-                   "direction": ("visual_audio", "audio_visual", "both")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"AlignmentConfig: {name}={getattr(self, name)!r} is unknown; "
-                                 f"choose one of {', '.join(allowed)}")
+        check_named(self, axis=("time", "features"),
+                    direction=("visual_audio", "audio_visual", "both"))
         if self.axis == "features" and self.embed_dim % 2:
             raise ValueError(f"AlignmentConfig: embed_dim={self.embed_dim} has no two equal halves "
                              "for picture and sound; give an even number, or axis='time'")

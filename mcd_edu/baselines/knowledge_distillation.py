@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from ..data import AVQADataset
 from ..layers import check_mask, masked_mean
 from ..media import write_whole
-from ..model import Answer, Standardise, answer_loss, check_choices, score_choices
+from ..model import Answer, Standardise, answer_loss, check_choices, check_named, score_choices
 
 # %% auto #0
 __all__ = ['at_least_float32', 'masked_softmax', 'GraphAttention', 'InteractionLayer', 'BilinearFusion', 'SelfAttentivePooling',
@@ -278,9 +278,7 @@ class KDConfig:
     temperature_logits:float = 1.0       # for distillation="logit" [O]
 
     def __post_init__(self):
-        if self.distillation not in ("feature", "logit", "none"):
-            raise ValueError(f"KDConfig: distillation={self.distillation!r} is unknown; choose one "
-                             "of feature, logit, none")
+        check_named(self, distillation=("feature", "logit", "none"))
         if self.embed_dim % 2 or self.num_heads < 1 or self.embed_dim % self.num_heads:
             raise ValueError(f"KDConfig: embed_dim={self.embed_dim}; give an even width that "
                              f"divides into num_heads={self.num_heads}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ..layers import FeedForward, KeysValues, MultiHeadAttention, check_mask, check_width, masked_mean
-from ..model import Answer, Standardise, answer_loss, check_choices, score_choices
+from ..model import Answer, Standardise, answer_loss, check_choices, check_named, score_choices
 
 # %% auto #0
 __all__ = ['LateFusionConfig', 'QuestionReader', 'Grounding', 'check_features', 'check_tokens', 'LateFusionState', 'LateFusion']
@@ -37,9 +37,7 @@ class LateFusionConfig:
     modalities:str = "both"         # or visual, audio, none: what the model may perceive
 
     def __post_init__(self):
-        if self.modalities not in (allowed := ("both", "visual", "audio", "none")):
-            raise ValueError(f"LateFusionConfig: modalities={self.modalities!r} is unknown; "
-                             f"choose one of {', '.join(allowed)}")
+        check_named(self, modalities=("both", "visual", "audio", "none"))
 
 # %% ../../nbs/baselines/00_late_fusion.ipynb #1f25f750
 class QuestionReader(nn.Module):
