@@ -26,16 +26,16 @@ from .data import MUSIC_AVQA, AVQADataset, DataError, Question, Schema
 from .datasets import DATASETS, find_streams, load_questions, load_splits, schema_from_json, schema_to_json, video_names
 from .evaluation import Predictions, Score, compare, predict, score, to_predictions
 from .media import write_whole
-from .models import config_for
+from .models import build, config_for
 from .samples.action_set import ACTION_SETS, build_action_set
-from .training import TrainingConfig, ask, ask_teacher, load_checkpoint, train
+from .training import TrainingConfig, ask, ask_teacher, load_checkpoint, save_checkpoint, train
 
 # %% auto #0
 __all__ = ['SOUND', 'SILENT', 'VARIANTS', 'MICRO', 'Variant', 'Run', 'question_digest', 'read_record', 'is_done', 'folder_of',
-           'make_features', 'read_splits', 'train_run', 'answers_per_second', 'AskedSet', 'run_one', 'missing_runs',
-           'teach', 'run_grid', 'Result', 'load_result', 'load_results', 'by_title', 'summary', 'learning_curve',
-           'by_dataset', 'score_datasets', 'Cost', 'cost', 'table_lines', 'overview_table', 'gains', 'behind',
-           'cost_table']
+           'make_features', 'read_splits', 'config_of', 'teacher_of', 'train_run', 'answers_per_second', 'AskedSet',
+           'run_one', 'missing_runs', 'teach', 'run_grid', 'Result', 'load_result', 'load_results', 'by_title',
+           'summary', 'learning_curve', 'by_dataset', 'score_datasets', 'Cost', 'cost', 'table_lines', 'overview_table',
+           'gains', 'behind', 'cost_table']
 
 # %% ../nbs/14_experiments.ipynb #5d6b7315
 SOUND, SILENT = ("music_avqa", "avqa"), ("msvd_qa", "msrvtt_qa")
@@ -47,6 +47,7 @@ class Variant:
     options:dict = field(default_factory=dict)       # what differs from its defaults
     datasets:tuple[str, ...] = tuple(DATASETS)       # where it applies
     teacher:str|None = None                          # a variant that is trained first, and then frozen
+    untrained_teacher:bool = False                   # the control: it is frozen as it was born
 
 VARIANTS = {
     "MCD": Variant(),
@@ -58,11 +59,12 @@ VARIANTS = {
     "question only": Variant(options={"modalities": "none"}),
     "AVST-style": Variant("late_fusion"),
     "alignment": Variant("alignment"),
-    "alignment (10 layers)": Variant("alignment", {"text_layers": 10}),     # as many parameters as MCD
     "graph teacher": Variant("graph_vqa", {"num_layers": 4}),
     "graph student": Variant("graph_vqa"),
     "student (feature KD)": Variant("graph_vqa", {"distillation": "feature"}, teacher="graph teacher"),
     "student (logit KD)": Variant("graph_vqa", {"distillation": "logit"}, teacher="graph teacher"),
+    "student (untrained teacher)": Variant("graph_vqa", {"distillation": "feature"}, teacher="graph teacher",
+                                           untrained_teacher=True),
 }
 
 # %% ../nbs/14_experiments.ipynb #a2fa156d
@@ -184,6 +186,30 @@ def read_splits(
     return load_splits(folder_of(data, run.dataset), run.dataset, clips=run.clips, types=run.types,
                        annotations=annotations)
 
+def config_of(
+    run:Run,
+    splits:dict[str, AVQADataset],
+):                           # configuration of its model
+    "The options of the variant, fitted to the data."
+    variant, segments = VARIANTS[run.variant], max(10, *(part.visual.shape[1] for part in splits.values()))
+    return config_for(kind=variant.kind, data=splits["train"], num_segments=segments, **variant.options)
+
+def teacher_of(
+    run:Run,                 # of a student
+    splits:dict[str, AVQADataset],
+    work:str|Path,           # checkpoints: a folder a run
+) -> Path:                   # folder of the checkpoint
+    "The trained teacher; for the control, one that never learned anything."
+    folder, learn = Path(work) / run.teacher.name, splits["train"]
+    if not VARIANTS[run.variant].untrained_teacher:
+        train_run(run.teacher, splits, work)
+        return folder
+    torch.manual_seed(run.seed)
+    model = build(config_of(run.teacher, splits))
+    model.fit_features(learn.visual, learn.audio, learn.mask)
+    save_checkpoint(folder := folder.with_name(f"{folder.name}-untrained"), model, learn.vocabulary, {})
+    return folder
+
 def train_run(
     run:Run,
     splits:dict[str, AVQADataset],
@@ -191,12 +217,10 @@ def train_run(
     show_progress:bool=False,
 ) -> dict:                   # model, history and times, for the result file
     "Train, or go on, or find it done; the teacher of a student first."
-    variant, learn, folder = VARIANTS[run.variant], splits["train"], Path(work) / run.name
-    segments = max(10, *(part.visual.shape[1] for part in splits.values()))
-    config = config_for(kind=variant.kind, data=learn, num_segments=segments, **variant.options)
-    if run.teacher: train_run(run.teacher, splits, work)
+    config, learn, folder = config_of(run, splits), splits["train"], Path(work) / run.name
+    shown = teacher_of(run, splits, work) if run.teacher else None
     start, worked, timed = time.perf_counter(), time.process_time(), []
-    teacher = ask_teacher(Path(work) / run.teacher.name, learn, config) if run.teacher else None
+    teacher = ask_teacher(shown, learn, config) if shown else None
     history = train(config, learn, splits["val"], folder, run.config, on_epoch=timed.append,
                     show_progress=show_progress, teacher=teacher)
     return {"model": asdict(config), "history": history,
@@ -308,7 +332,8 @@ def run_grid(
     for name in {run.dataset: 0 for run in missing}: make_features(folder_of(data, name), name, workers)
     students = [run for run in missing if run.teacher]
     others = [run for run in missing if not run.teacher]
-    teachers = {run.teacher.name: run.teacher for run in students if run.teacher not in others}
+    teachers = {run.teacher.name: run.teacher for run in students
+                if run.teacher not in others and not VARIANTS[run.variant].untrained_teacher}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, \
             tqdm(total=len(missing) + len(teachers), unit="run") as bar:
         waves = ([(teach, run, data, work) for run in teachers.values()]

@@ -62,7 +62,8 @@ class LocalElementFusion(nn.Module):
         keys_values:tuple[KeysValues, KeysValues], # from `keys_values`, b h (2 t) e each
         objects_mask:Tensor|None=None,             # True = this object exists, b k m
         mask:Tensor|None=None,                     # True = this segment exists, b t
-    ) -> Tensor: # [e_v ; e_a], b k (2 d); zeros for a question without objects
+        need_weights:bool=False,                   # return the attention that was used?
+    ) -> tuple[Tensor, Tensor|None]: # [e_v ; e_a] b k (2 d), zeros without objects; b k s h m t
         "Each object looks into both boxes; the mean over the objects that exist is the element."
         b, k, m, _ = objects.shape
         if self.places is not None and m > len(self.places):
@@ -74,12 +75,15 @@ class LocalElementFusion(nn.Module):
             mask = repeat(mask, "b t -> b (levels t)", levels=2)
         objects = rearrange(objects, "b k m d -> b (k m) d")
         query = self.objects_norm(objects)
-        found = [box(query, kv, mask)[0] for box, kv in zip(self.boxes, keys_values)]
+        found, weights = zip(*[box(query, kv, mask, need_weights)
+                               for box, kv in zip(self.boxes, keys_values)])
         if self.gates: found = [gate(query, find) for gate, find in zip(self.gates, found)]
         found = torch.cat([objects + find for find in found], dim=-1)
         found = rearrange(found, "b (k m) d -> b k m d", k=k, m=m)
         if self.places is not None: found = found * self.places[:m]
-        return masked_mean(found, objects_mask)
+        if need_weights: weights = rearrange(list(weights), "modality b h (k m) (levels t) -> "
+                                             "b k (levels modality) h m t", k=k, levels=2)
+        return masked_mean(found, objects_mask), weights if need_weights else None
 
     def forward(self,
         question:Tensor,                           # question as the aggregator leaves it, b k l d
@@ -87,12 +91,14 @@ class LocalElementFusion(nn.Module):
         keys_values:tuple[KeysValues, KeysValues], # from `keys_values`, b h (2 t) e each
         objects_mask:Tensor|None=None,             # True = this object exists, b k m
         mask:Tensor|None=None,                     # True = this segment exists, b t
-    ) -> Tensor: # combinatorial question embedding, b k l d
-        "LN(q + W_e [e_v ; e_a]); LN(q) for a question without objects. ValueError: shapes."
+        need_weights:bool=False,                   # return the attention that was used?
+    ) -> tuple[Tensor, Tensor|None]: # combinatorial question embedding b k l d; b k s h m t
+        "LN(q + W_e [e_v ; e_a]); LN(q) without objects; where they looked. ValueError: shapes."
         check_width("LocalElementFusion question", question, "b k l d", self.embed_dim)
         check_width("LocalElementFusion objects", objects, "b k m d", self.embed_dim)
         if objects.shape[:2] != question.shape[:2]:
             raise ValueError(f"LocalElementFusion: objects b k = {tuple(objects.shape[:2])}; give "
                              f"each question its own, b k = {tuple(question.shape[:2])}")
-        written = self.write(self.elements(objects, keys_values, objects_mask, mask))
-        return self.question_norm(question + rearrange(written, "b k d -> b k 1 d"))
+        element, weights = self.elements(objects, keys_values, objects_mask, mask, need_weights)
+        written = rearrange(self.write(element), "b k d -> b k 1 d")
+        return self.question_norm(question + written), weights

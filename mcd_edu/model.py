@@ -77,6 +77,7 @@ class Answer(NamedTuple):
     logits:Tensor            # b k a
     question:Tensor          # the combinatorial question embedding, mean over words, b k d
     clues:Tensor|None        # attention of each word on the segments, four streams, b k s h l t
+    object_clues:Tensor|None=None    # the same of each text object, b k s h m t
 
 # %% ../nbs/09_model.ipynb #0b47e9c2
 class PredictionHead(nn.Module):
@@ -222,12 +223,12 @@ class MCD(nn.Module):
         self.check_questions(state, tokens, objects, choices)
         question = self.project_question(self.text(tokens))
         question, clues = self.aggregator(question, state.aggregator, state.mask, need_clues)
-        question = self.fusion(question, self.project_objects(self.text(objects)), state.fusion,
-                               objects != 0, state.mask)
+        question, object_clues = self.fusion(question, self.project_objects(self.text(objects)),
+                                             state.fusion, objects != 0, state.mask, need_clues)
         question = masked_mean(question, tokens != 0)
         logits = self.head(question, state)
         if choices is not None: logits = score_choices(self.text, logits, choices)
-        return Answer(logits, question, clues)
+        return Answer(logits, question, clues, object_clues)
 
     def losses(self,
         state:VideoState,                 # from `encode_video`

@@ -31,7 +31,7 @@ def case(request):
 def run(case, **changes):
     c = {**case, **changes}
     keys_values = c["fusion"].keys_values(c["low"], c["high"])
-    return c["fusion"](c["question"], c["objects"], keys_values, c["objects_mask"], c["mask"])
+    return c["fusion"](c["question"], c["objects"], keys_values, c["objects_mask"], c["mask"])[0]
 
 
 # ---- the oracle: plain lists and loops, from the equation
@@ -106,8 +106,26 @@ def test_shapes(case):
     torch.testing.assert_close(audio.value[:, :, :t], box.keys_values(case["low"][1]).value)
     torch.testing.assert_close(audio.value[:, :, t:], box.keys_values(case["high"][1]).value)
     assert run(case).shape == (b, k, l, d)
-    elements = case["fusion"].elements(case["objects"], (visual, audio), case["objects_mask"], case["mask"])
+    elements, _ = case["fusion"].elements(case["objects"], (visual, audio), case["objects_mask"], case["mask"])
     assert elements.shape == (b, k, 2 * d)
+
+
+def test_the_weights_are_those_that_were_used(case):
+    keys_values = case["fusion"].keys_values(case["low"], case["high"])
+    inputs = case["question"], case["objects"], keys_values, case["objects_mask"], case["mask"]
+    fused, weights = case["fusion"](*inputs, need_weights=True)
+    torch.testing.assert_close(fused, run(case))
+    assert weights.shape == (b, k, 4, 2, m, t) and case["fusion"](*inputs)[1] is None
+    assert (weights[1, ..., ~case["mask"][1]] == 0).all(), "a segment that is not there is not looked at"
+    query = case["fusion"].objects_norm(case["objects"])
+    for modality, box in enumerate(case["fusion"].boxes):     # values that are the weights: the box finds its own attention
+        value = torch.eye(2 * t).expand(b, 2, 2 * t, 2 * t)
+        key, logits = keys_values[modality].key, box.to_query(query).reshape(b, k, m, 2, d // 2)
+        mask = case["mask"].repeat(1, 2)[:, None, None]
+        found = torch.nn.functional.scaled_dot_product_attention(
+            logits.reshape(b, k * m, 2, d // 2).transpose(1, 2), key, value, attn_mask=mask)
+        found = found.reshape(b, 2, k, m, 2, t).permute(0, 2, 4, 1, 3, 5)     # b k levels h m t
+        torch.testing.assert_close(weights[:, :, modality::2], found, atol=1e-6, rtol=1e-5)
 
 
 def test_masked_objects_and_segments_are_silent(case):
@@ -151,21 +169,21 @@ def test_places_of_one_are_no_places_and_more_objects_than_places_are_refused(or
     state = fusion.keys_values(*((torch.randn(b, t, d), torch.randn(b, t, d)) for _ in range(2)))
     question, objects = torch.randn(b, k, l, d), torch.randn(b, k, m + 1, d)
     if not ordered:
-        assert fusion(question, objects, state).shape == question.shape, "without places there is no limit"
+        assert fusion(question, objects, state)[0].shape == question.shape, "without places there is no limit"
         return
     with pytest.raises(ValueError, match=f"{m + 1} objects.*places for {m}.*raise max_objects"):
-        fusion(question, objects, state)
+        fusion(question, objects, state)[0]
     torch.nn.init.ones_(fusion.places)
     plain = LocalElementFusion(d, num_heads=2, ordered=False)
     plain.load_state_dict({name: p for name, p in fusion.state_dict().items() if name != "places"})
-    torch.testing.assert_close(fusion(question, objects[:, :, :m], state), plain(question, objects[:, :, :m], state))
+    torch.testing.assert_close(fusion(question, objects[:, :, :m], state)[0], plain(question, objects[:, :, :m], state)[0])
 
 
 def test_only_a_place_that_is_filled_learns():
     torch.manual_seed(0)
     fusion = LocalElementFusion(d, num_heads=2, max_objects=m)
     state = fusion.keys_values(*((torch.randn(b, t, d), torch.randn(b, t, d)) for _ in range(2)))
-    fused = fusion(torch.randn(b, k, l, d), torch.randn(b, k, m - 1, d), state)
+    fused = fusion(torch.randn(b, k, l, d), torch.randn(b, k, m - 1, d), state)[0]
     (fused * torch.randn_like(fused)).sum().backward()
     assert (fusion.places.grad.abs().sum(1) > 0).tolist() == [True] * (m - 1) + [False]
 
@@ -215,9 +233,9 @@ def test_unordered_objects_are_a_set_and_questions_keep_to_themselves(objects_or
     fusion = LocalElementFusion(d, num_heads=2, ordered=False)
     state = fusion.keys_values(*((torch.randn(b, t, d), torch.randn(b, t, d)) for _ in range(2)))
     question, objects, mask = torch.randn(b, k, l, d), torch.randn(b, k, m, d), torch.rand(b, k, m) > .4
-    fused = fusion(question, objects, state, mask)
+    fused = fusion(question, objects, state, mask)[0]
     shuffled = fusion(question[:, questions_order], objects[:, questions_order][:, :, objects_order], state,
-                      mask[:, questions_order][:, :, objects_order])
+                      mask[:, questions_order][:, :, objects_order])[0]
     torch.testing.assert_close(shuffled, fused[:, questions_order], atol=1e-5, rtol=1e-5)
 
 
@@ -228,13 +246,13 @@ def test_the_order_of_objects_counts_the_order_of_questions_does_not(objects_ord
     fusion = LocalElementFusion(d, num_heads=2)
     state = fusion.keys_values(*((torch.randn(b, t, d), torch.randn(b, t, d)) for _ in range(2)))
     question, objects = torch.randn(b, k, l, d), torch.randn(b, k, m, d)
-    fused = fusion(question, objects, state)
-    torch.testing.assert_close(fusion(question[:, questions_order], objects[:, questions_order], state),
+    fused = fusion(question, objects, state)[0]
+    torch.testing.assert_close(fusion(question[:, questions_order], objects[:, questions_order], state)[0],
                                fused[:, questions_order], atol=1e-5, rtol=1e-5)
-    shuffled = fusion(question, objects[:, :, objects_order], state)
+    shuffled = fusion(question, objects[:, :, objects_order], state)[0]
     assert torch.allclose(shuffled, fused, atol=1e-4) == (list(objects_order) == list(range(m)))
     fusion.places.data = fusion.places.data[list(objects_order)]  # the places go along: as before
-    torch.testing.assert_close(fusion(question, objects[:, :, objects_order], state), fused, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fusion(question, objects[:, :, objects_order], state)[0], fused, atol=1e-5, rtol=1e-5)
 
 
 def test_every_token_gets_the_same_element(case):

@@ -118,19 +118,21 @@ def watch(model, visual, audio):
 
 
 def element_of(fusion, place, object_, low, high):
-    "What the object in a place writes, [e_v ; e_a]."
-    query, found = norm(fusion.objects_norm, object_), []
+    "What the object in a place writes, [e_v ; e_a], and where it looked, s h t."
+    query, found, looks = norm(fusion.objects_norm, object_), [], []
     for i, box in enumerate(fusion.boxes):
-        find = attend(box, query, low[i] + high[i])[0]
+        find, weights = attend(box, query, low[i] + high[i])
+        looks.append(weights)
         if fusion.gates:
             gate = fusion.gates[i]
             find = norm(gate.find_norm, find) * (1 + linear(gate.choose, query))
         found.append(object_ + find)
-    return torch.cat(found) * (1 if fusion.places is None else fusion.places[place])
+    looks = [weights[..., part] for part in (slice(len(low[0])), slice(len(low[0]), None)) for weights in looks]
+    return torch.cat(found) * (1 if fusion.places is None else fusion.places[place]), torch.stack(looks)
 
 
 def answer_by_hand(model, visual, audio, tokens, objects):
-    "Logits a, pooled question d and clues s h l t of one question about one video, unpadded."
+    "Logits a, pooled question d, clues s h l t and those of objects s h m t of a question, unpadded."
     low, high = watch(model, visual, audio)
     words = [linear(model.project_question, x) for x in read(model.text, tokens)]
     aggregator, clues = model.aggregator, []
@@ -143,17 +145,18 @@ def answer_by_hand(model, visual, audio, tokens, objects):
                  for q, (v, a) in zip(words, found)]
         words = [q + feed_forward(ffn[1], norm(ffn[0], q))
                  for ffn in [aggregator.ffns[level]] for q in words]
-    fusion, element = model.fusion, torch.zeros(2 * model.config.embed_dim, dtype=visual.dtype)
+    fusion, element, looks = model.fusion, torch.zeros(2 * model.config.embed_dim, dtype=visual.dtype), []
     if objects:
         its = [linear(model.project_objects, x) for x in read(model.text, objects)]
-        element = sum(element_of(fusion, n, o, low, high) for n, o in enumerate(its)) / len(its)
+        elements, looks = zip(*(element_of(fusion, n, o, low, high) for n, o in enumerate(its)))
+        element = sum(elements) / len(its)
     words = [norm(fusion.question_norm, q + linear(fusion.write, element)) for q in words]
     question = pooled = sum(words) / len(words)
     if model.config.head == "late_fusion":
         video = [sum(feats) / len(feats) for feats in high]
         pooled = linear(model.head.fuse, torch.cat([question, *video]))
     logits = linear(model.head.mlp[5], gelu(linear(model.head.mlp[2], gelu(pooled))))
-    return logits, question, torch.stack(clues)
+    return logits, question, torch.stack(clues), looks
 
 
 @pytest.mark.parametrize("changes", [
@@ -168,14 +171,16 @@ def test_equals_the_equations(case, changes):
             there = case["mask"][i]
             for j in range(k):
                 words = [n for n in case["tokens"][i, j].tolist() if n]
-                logits, question, clues = answer_by_hand(
+                logits, question, clues, looks = answer_by_hand(
                     model, case["visual"][i, there], case["audio"][i, there], words,
                     [n for n in case["objects"][i, j].tolist() if n])
                 close(answer.logits[i, j], logits, 1e-9)
                 close(answer.question[i, j], question, 1e-9)
                 seen = answer.clues[i, j, :, :, : len(words)]
                 close(seen[..., there].double(), clues, 1e-9)
-                assert (seen[..., ~there] == 0).all()
+                assert (seen[..., ~there] == 0).all() and (answer.object_clues[i, j, ..., ~there] == 0).all()
+                for n, look in enumerate(looks):
+                    close(answer.object_clues[i, j, :, :, n][..., there].double(), look, 1e-9)
 
 
 def test_shapes(case):
@@ -189,7 +194,9 @@ def test_shapes(case):
     assert isinstance(answer, Answer)
     assert answer.logits.shape == (b, k, 5) and answer.question.shape == (b, k, 8)
     assert answer.clues.shape == (b, k, 4, 2, l, t)
-    assert model.answer(state, case["tokens"], case["objects"]).clues is None
+    assert answer.object_clues.shape == (b, k, 4, 2, case["objects"].shape[2], t)
+    silent = model.answer(state, case["tokens"], case["objects"])
+    assert silent.clues is silent.object_clues is None
     close(answer.clues.sum(-1), torch.ones(b, k, 4, 2, l))
 
 
