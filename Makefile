@@ -14,11 +14,12 @@ QUESTIONS  ?= "How many instruments are sounding in the video?" "Is there a voic
 NOTEBOOK    = PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/python tools/notebooks.py run
 
 WORKERS     ?= 2
+DEVICE      ?= cpu
 PYTEST_ARGS ?=
 # nbdev leaves one blank line after the imports of a module, and none after `from __future__`
 EXPORTED_IMPORTS := --config lint.isort.lines-after-imports=1 --config 'lint.isort.no-lines-before=["standard-library"]'
 
-.PHONY: help env demo test lint lab export notebooks readme samples encoders weights results tables bench
+.PHONY: help env demo test lint lab export notebooks readme docs samples encoders weights results tables claims bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,7 +41,7 @@ test: lint  ## run every check: lint, tests, each notebook from a fresh kernel
 
 lint: env  ## check the code, and that notebooks, package and README agree
 	$(BIN)/ruff check
-	$(BIN)/ruff check --isolated --select I --line-length 130 $(EXPORTED_IMPORTS) mcd_edu
+	$(BIN)/ruff check --isolated --select I --line-length 130 --exclude '*.ipynb' $(EXPORTED_IMPORTS) mcd_edu
 	$(BIN)/python tools/notebooks.py check
 
 lab: env  ## open the notebooks
@@ -49,6 +50,7 @@ lab: env  ## open the notebooks
 export: env  ## write the package and the README from the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/python -c "from pathlib import Path; from mcd_edu.assignments import build_course; build_course(Path('nbs/assignments'))"
 	$(BIN)/python tools/notebooks.py readme
 
 notebooks: env  ## execute all notebooks in place, keeping their outputs
@@ -58,6 +60,9 @@ notebooks: env  ## execute all notebooks in place, keeping their outputs
 readme: env  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/notebooks.py readme
 
+docs: env  ## build the site of all notebooks into _docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 samples: env  ## make the sample clips anew, where they are missing
 	$(BIN)/mcd-edu samples --out $(DATA)
 
@@ -66,9 +71,10 @@ encoders: env  ## train the shipped encoders anew
 
 weights: env  ## train the shipped model anew
 	$(NOTEBOOK) nbs/train/music_avqa.ipynb runs/weights/music_avqa.ipynb -f params/sample/music_avqa.yaml
+	$(BIN)/python -c "from mcd_edu.hub import halve; halve('mcd_edu/weights/music_avqa')"
 
 bench: env  ## measure speed and memory on this machine, then show it
-	$(BIN)/python benchmarks/model.py --bf16
+	$(BIN)/python benchmarks/model.py --bf16 --device $(DEVICE)
 	$(NOTEBOOK) nbs/experiments/speed.ipynb runs/bench/speed.ipynb
 
 tables: env  ## run the missing trainings of the table of all models, then show it

@@ -14,7 +14,7 @@ suffix = "_requirements"
 extras = {
     key.removesuffix(suffix): settings[key].split() for key in settings if key.endswith(suffix)
 }
-extras["dev"] += extras["notebooks"] + extras["backbones"]
+extras["dev"] = sum(extras.values(), [])
 
 statuses = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta",
             "5": "5 - Production/Stable"}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .features import DataError, stack_features
+from .features import PLAIN_NAME, DataError, stack_features
 
 # %% auto #0
 __all__ = ['ANSWERS', 'QUESTION_TYPES', 'MUSIC_AVQA', 'PLACEHOLDER', 'Question', 'Schema', 'fill_placeholders', 'unpack',
@@ -112,8 +112,8 @@ def parse_question(
     values, question_type = unpack(record, "templ_values"), unpack(record, "type")
     if not re.fullmatch(r"[0-9]{1,18}(\.0)?", number):
         raise ValueError(f"question_id {number!r} is not a whole number")
-    if not re.fullmatch(r"[\w-]+", video_id):
-        raise ValueError(f"video_id {video_id!r} is not a plain file name")
+    if not PLAIN_NAME.fullmatch(video_id):
+        raise ValueError(f"video_id {video_id[:80]!r} is not a plain file name")
     if question_type not in QUESTION_TYPES:
         raise ValueError(f"unknown question type {question_type}")
     if answer not in ANSWERS: raise ValueError(f"unknown answer {answer!r}")
@@ -141,6 +141,7 @@ def read_annotations(
             if not isinstance(record, dict): raise ValueError("is not a record")
             given = {key: value for key, value in record.items() if value is not None}
             question = parse(given, i)
+            " ".join([question.text, question.answer, *question.values, *question.choices]).encode()
             if question.question_id in questions:
                 raise ValueError(f"question_id {question.question_id} was there before")
             questions[question.question_id] = question

@@ -25,7 +25,7 @@ from mcd_edu.data import (
     unpack,
 )
 
-from .features import open_features, with_features
+from .features import PLAIN_NAME, open_features, with_features
 
 # %% auto #0
 __all__ = ['MAPPING', 'NO_ID', 'RELATIONS', 'KINDS', 'AVQA_TYPES', 'FIRST_WORDS', 'FIRST_WORD_TYPES', 'QA_FILES', 'QA_FOLDERS',
@@ -42,8 +42,8 @@ def plain_name(
 ) -> str:
     "A name that stays inside its folder. ValueError where it could not be a plain file name."
     name = str(value)
-    if isinstance(value, bool) or not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"{key} {name!r} is not a plain file name")
+    if isinstance(value, bool) or not PLAIN_NAME.fullmatch(name):
+        raise ValueError(f"{key} {name[:80]!r} is not a plain file name")
     return name
 
 def whole_number(

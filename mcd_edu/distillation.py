@@ -165,12 +165,13 @@ class SemanticApproximation(nn.Module):
         temperature:float=0.07,   # smaller is sharper [O]
         kind:str="nce",           # nce: contrastive [P]; kl or mse: variants [O]
         stop_gradient:bool=False, # True: the audio-visual features teach and do not learn [O]
+        edges:str="both",         # both [F]; visual: q–v only; audio: q–a only [O]
     ):
         super().__init__()
-        if kind not in ("nce", "kl", "mse"):
-            raise ValueError(f"SemanticApproximation: kind={kind!r} is unknown; "
-                             "choose nce, kl or mse")
-        self.embed_dim, self.stop_gradient = embed_dim, stop_gradient
+        if kind not in ("nce", "kl", "mse") or edges not in ("both", "visual", "audio"):
+            raise ValueError(f"SemanticApproximation: kind={kind!r} or edges={edges!r} is unknown; "
+                             "choose nce, kl or mse, and both, visual or audio")
+        self.embed_dim, self.stop_gradient, self.edges = embed_dim, stop_gradient, edges
         self.temperature, self.kind = temperature, kind
         self.to_visual, self.to_audio, self.to_question = (Projection(embed_dim, shared_dim)
                                                            for _ in range(3))
@@ -200,9 +201,10 @@ class SemanticApproximation(nn.Module):
         mask:Tensor|None=None,          # True = this segment exists, b t
         question_mask:Tensor|None=None, # True = this question exists, b k
         video_ids:Tensor|None=None,     # equal for copies of one video; None: all differ, b
-    ) -> dict[str, Tensor]: # {"qv": loss, "qa": loss}, one number each; L_kd is their sum
+    ) -> dict[str, Tensor]: # {"qv": loss, "qa": loss}, those that `edges` names; L_kd is their sum
         "The two edges of the figure, question–visual and question–audio. ValueError: shapes."
         z = self.embed(low_visual, low_audio, question, mask)
         edge = partial(approximation_loss, z.question, ids=video_numbers(low_visual, video_ids),
                        valid=question_mask, temperature=self.temperature, kind=self.kind)
-        return {"qv": edge(z.visual), "qa": edge(z.audio)}
+        media = {"qv": ("visual", z.visual), "qa": ("audio", z.audio)}
+        return {key: edge(x) for key, (name, x) in media.items() if self.edges in ("both", name)}

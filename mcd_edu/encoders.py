@@ -4,7 +4,6 @@
 
 # %% ../nbs/04_encoders.ipynb #3c10efd9
 from __future__ import annotations
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +12,12 @@ import torch
 from einops import rearrange, reduce
 from einops.layers.torch import Rearrange
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layers import FeedForward, MultiHeadAttention
-from .media import FRAME_SIZE, FRAMES_PER_SEGMENT, SAMPLE_RATE, Segments, write_whole
+from .media import FRAME_SIZE, FRAMES_PER_SEGMENT, SAMPLE_RATE, Segments, write_tensors
 
 # %% auto #0
 __all__ = ['mel_filters', 'LogMel', 'convolution', 'AudioEncoder', 'VisualEncoder', 'Encoders', 'save_encoders', 'load_encoders',
@@ -144,7 +143,7 @@ def save_encoders(
     for name, encoder in (("visual", visual), ("audio", audio)):
         tensors = {key: value.half() if value.is_floating_point() else value
                    for key, value in encoder.state_dict().items()}
-        write_whole(Path(folder) / f"{name}.safetensors", partial(save_file, tensors))
+        write_tensors(Path(folder) / f"{name}.safetensors", tensors)
 
 
 def load_encoders(

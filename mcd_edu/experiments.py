@@ -9,6 +9,8 @@ import json
 import platform
 import re
 import time
+import zlib
+from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,20 +24,36 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from mcd_edu.measures import (
+    calibration_error,
+    collect_maps,
+    disturbed,
+    diversity_of,
+    examine,
+    mean_surprise,
+    pointing_of,
+    some_questions,
+)
+
 from .data import MUSIC_AVQA, AVQADataset, DataError, Question, Schema
 from .datasets import DATASETS, find_streams, load_questions, load_splits, schema_from_json, schema_to_json, video_names
 from .evaluation import Predictions, Score, compare, predict, score, to_predictions
 from .media import write_whole
 from .models import build, config_for
+from .other_encoders import OTHER_ENCODERS, draw_features
+from .question_types import show_objects
 from .samples.action_set import ACTION_SETS, build_action_set
+from .samples.scenes import Scene
 from .training import TrainingConfig, ask, ask_teacher, load_checkpoint, save_checkpoint, train
 
 # %% auto #0
-__all__ = ['SOUND', 'SILENT', 'VARIANTS', 'MICRO', 'Variant', 'Run', 'question_digest', 'read_record', 'is_done', 'folder_of',
-           'make_features', 'read_splits', 'config_of', 'teacher_of', 'train_run', 'answers_per_second', 'AskedSet',
-           'run_one', 'missing_runs', 'teach', 'run_grid', 'Result', 'load_result', 'load_results', 'by_title',
-           'summary', 'learning_curve', 'by_dataset', 'score_datasets', 'Cost', 'cost', 'table_lines', 'overview_table',
-           'gains', 'behind', 'cost_table']
+__all__ = ['SOUND', 'SILENT', 'VARIANTS', 'REPEATED', 'ENCODERS', 'ABLATIONS', 'TRAIN_SAMPLE', 'DISTURBANCES', 'MICRO', 'Variant',
+           'changed', 'showing', 'find_variant', 'Run', 'question_digest', 'read_record', 'is_done', 'folder_of',
+           'make_features', 'by_lot', 'hold_back', 'encoders_of', 'read_splits', 'config_of', 'teacher_of', 'train_run',
+           'answers_per_second', 'AskedSet', 'pack', 'unpack', 'read_truth', 'measure_part', 'measure', 'run_one',
+           'missing_runs', 'teach', 'run_grid', 'try_one', 'search_table', 'Result', 'load_result', 'load_results',
+           'by_title', 'summary', 'learning_curve', 'by_dataset', 'score_datasets', 'Cost', 'cost', 'table_lines',
+           'overview_table', 'gains', 'behind', 'cost_table']
 
 # %% ../nbs/14_experiments.ipynb #5d6b7315
 SOUND, SILENT = ("music_avqa", "avqa"), ("msvd_qa", "msrvtt_qa")
@@ -48,6 +66,8 @@ class Variant:
     datasets:tuple[str, ...] = tuple(DATASETS)       # where it applies
     teacher:str|None = None                          # a variant that is trained first, and then frozen
     untrained_teacher:bool = False                   # the control: it is frozen as it was born
+    shows:dict = field(default_factory=dict)         # text objects and features, if not the usual
+    training:dict = field(default_factory=dict)      # what differs from `TrainingConfig`
 
 VARIANTS = {
     "MCD": Variant(),
@@ -67,52 +87,117 @@ VARIANTS = {
                                            untrained_teacher=True),
 }
 
+# %% ../nbs/14_experiments.ipynb #7f71657e
+def changed(**options) -> Variant: return Variant(options=options)
+def showing(**shows) -> Variant: return Variant(shows=shows, datasets=("music_avqa",))
+
+REPEATED = {"num_questions": 2, "num_videos": 128}   # as many questions a batch, but videos repeat
+ENCODERS = {"visual": ("small_visual", "untrained_visual", "pixels"), "audio": ("small_audio", "spectrum")}
+
+ABLATIONS = {
+    "no residual": changed(residual=False), "hard association": changed(attention="hard"),
+    "self-attention only": changed(association="self"), "cross-attention only": changed(association="cross"),
+    "pictures listen only": changed(association="to_visual"), "sounds look only": changed(association="to_audio"),
+    "N = 0": changed(num_blocks=0), "N = 1": changed(num_blocks=1), "N = 3": changed(num_blocks=3),
+    "low only": changed(levels="low"), "high only": changed(levels="high"),
+    "low and high in parallel": changed(levels="parallel"),
+    "an aggregator a modality": changed(sharing="levels"), "an aggregator a level": changed(sharing="modalities"),
+    "four aggregators": changed(sharing="none"), "top-1 clues": changed(top_k=1), "top-3 clues": changed(top_k=3),
+    "no LEF": changed(element_fusion=False), "plain LEF": changed(gated_objects=False, ordered_objects=False),
+    "no text objects": showing(keywords=False), "types only, oracle": showing(keywords=False, types="annotated"),
+    "keywords and types, oracle": showing(types="annotated"),
+    "keywords and predicted types": showing(types="predicted"),
+    "predicted types only": showing(keywords=False, types="predicted"),
+    "no L_av": changed(weight_av=0.), "no L_kd": changed(weight_kd=0.),
+    "no L_av, no L_kd": changed(weight_av=0., weight_kd=0.),
+    "q-v only": changed(kd_edges="visual"), "q-a only": changed(kd_edges="audio"),
+    "features only teach": changed(kd_stop_gradient=True), "KL": changed(kd_kind="kl"), "MSE": changed(kd_kind="mse"),
+    "projections on high": changed(kd_level="high"),
+    "clue only, matched": changed(matched_head=True),        # the four heads, equally many parameters
+    "late add, matched": changed(head="late_add", matched_head=True),
+    "late gate, matched": changed(head="late_gate", matched_head=True),
+    "late fusion, matched": changed(head="late_fusion", matched_head=True),
+    "repeated videos": Variant(training=REPEATED),           # the reference of the next one
+    "repeated videos, not masked": Variant(options={"mask_same_video": False}, training=REPEATED),
+}
+for seen in ENCODERS["visual"]:      # other encoders, for MCD and for late fusion
+    for heard in ENCODERS["audio"]:
+        if (seen, heard) == ("small_visual", "small_audio"): continue        # the heads above
+        pair = showing(visual=seen, audio=heard)
+        ABLATIONS[f"{seen} + {heard}"] = replace(pair, options={"matched_head": True})
+        ABLATIONS[f"{seen} + {heard}, late"] = replace(pair, options={"head": "late_fusion", "matched_head": True})
+
+def find_variant(
+    name:str,
+) -> Variant:
+    "A row of `VARIANTS` or `ABLATIONS`. ValueError: of neither."
+    if name not in (known := VARIANTS | ABLATIONS):
+        raise ValueError(f"variant {name!r}; choose one of {', '.join(known)}")
+    return known[name]
+
 # %% ../nbs/14_experiments.ipynb #a2fa156d
 @dataclass(frozen=True)
 class Run:
     "One training with everything that decides its result. ValueError: what cannot be trained."
-    variant:str                          # a row of `VARIANTS`
+    variant:str                          # a row of `VARIANTS` or `ABLATIONS`
     seed:int = 0
     clips:int|None = None                # training videos; None: all
     types:bool = False                   # oracle type
     annotations:str = "json"             # which split of MUSIC-AVQA
     training:dict = field(default_factory=dict)   # what differs from `TrainingConfig`
     dataset:str = "music_avqa"           # one of `DATASETS`
+    aside:float = 0.                     # share of the questions on training videos never trained on
+    per_video:int|None = None            # training questions a video; None: all
+    label:str = ""                       # names what `options` and `training` try out
+    options:dict = field(default_factory=dict)    # of the model, beyond those of the variant
 
     def __post_init__(self):
-        for name, allowed in (("variant", VARIANTS), ("dataset", DATASETS)):
+        for name, allowed in (("variant", VARIANTS | ABLATIONS), ("dataset", DATASETS)):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"Run: {name} {value!r}; choose one of {', '.join(allowed)}")
-        if self.dataset not in (fitting := VARIANTS[self.variant].datasets):
+        if self.dataset not in (fitting := find_variant(self.variant).datasets):
             raise ValueError(f"Run: {self.variant!r} makes no sense on {self.dataset}; "
                              f"it is for {', '.join(fitting)}")
-        try: TrainingConfig(seed=self.seed, **self.training)
+        if self.types and {"keywords", "types"} & find_variant(self.variant).shows.keys():
+            raise ValueError(f"Run: {self.variant!r} chooses the text objects itself; leave out types")
+        if not 0 <= self.aside < 1 or (self.per_video is not None and self.per_video < 1):
+            raise ValueError(f"Run: aside={self.aside}, per_video={self.per_video}; give a share "
+                             "below 1, and at least one question a video")
+        if self.options and not self.label or not re.fullmatch(r"[\w .-]*", self.label):
+            raise ValueError(f"Run: label {self.label!r} with options {self.options}; give options "
+                             "a name of letters, digits, dots, hyphens and blanks")
+        try: _ = self.config
         except TypeError as error:
             raise ValueError(f"Run: training={self.training}: {error}") from error
 
     @property
-    def config(self) -> TrainingConfig: return TrainingConfig(seed=self.seed, **self.training)
+    def config(self) -> TrainingConfig:
+        return TrainingConfig(seed=self.seed, **{**find_variant(self.variant).training, **self.training})
 
     @property
     def teacher(self) -> Run|None:
         "What has to be trained before: the same in everything but the variant."
-        name = VARIANTS[self.variant].teacher
-        return None if name is None else replace(self, variant=name)
+        name = find_variant(self.variant).teacher
+        return None if name is None else replace(self, variant=name, options={})
 
     @property
     def name(self) -> str:
         "Of its files."
         parts = [*([self.dataset] if self.dataset != "music_avqa" else []),
-                 re.sub(r"[^\w-]+", "_", self.variant).strip("_"), f"clips{self.clips or 'all'}",
-                 *(["types"] if self.types else []),
+                 *(re.sub(r"[^\w-]+", "_", part).strip("_") for part in (self.variant, self.label) if part),
+                 f"clips{self.clips or 'all'}",
+                 *([f"aside{100 * self.aside:g}".replace(".", "_")] if self.aside else []),
+                 *([f"per{self.per_video}"] if self.per_video else []), *(["types"] if self.types else []),
                  *([self.annotations] if self.annotations != "json" else []), f"seed{self.seed}"]
         return "-".join(parts)
 
     @property
     def title(self) -> str:
         "Of its row in a table: the same for all seeds."
-        parts = [self.variant, *([self.dataset] if self.dataset != "music_avqa" else []),
+        parts = [self.variant, *([self.label] if self.label else []), *([self.dataset] if self.dataset != "music_avqa" else []),
                  *([f"{self.clips} clips"] if self.clips else []),
+                 *([f"{100 * self.aside:g} % aside"] if self.aside else []),
+                 *([f"{self.per_video} questions a video"] if self.per_video else []),
                  *(["oracle type"] if self.types else []),
                  *([self.annotations] if self.annotations != "json" else [])]
         return ", ".join(parts)
@@ -127,25 +212,27 @@ def question_digest(
 
 def read_record(
     file:Path,               # a result file
+    tested:bool=True,        # of `run_one`; False: of `try_one`
 ) -> dict:
-    "What `run_one` wrote. DataError: not such a file."
+    "What was written there. DataError: not such a file."
+    wanted = [("training", "seed")] + [("predicted", "test"), ("predicted", "shuffled")] * tested
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         Run(**record["run"])
-        for part, key in (("training", "seed"), ("predicted", "test"), ("predicted", "shuffled")):
+        for part, key in wanted:
             _ = record[part][key]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{file}: not a result file ({error}); delete it and run again") from error
     return record
 
-# %% ../nbs/14_experiments.ipynb #91aebdaf
 def is_done(
     run:Run,
     file:Path,               # its result file
+    tested:bool=True,        # see `read_record`
 ) -> bool:
     "Is the result there? DataError where it is of a run with other settings."
     if not file.is_file(): return False
-    record, training = read_record(file), asdict(run.config)
+    record, training = read_record(file, tested), asdict(run.config)
     other = {k: v for k, v in record["training"].items() if k in training and training[k] != v}
     if replace(Run(**record["run"]), training={}) != replace(run, training={}) or other:
         raise DataError(f"{file}: holds a run with other settings; give another folder of results "
@@ -167,8 +254,11 @@ def make_features(
     folder:str|Path,         # of a sample set; any other folder is left as it is
     dataset:str,             # one of `DATASETS`
     workers:int=2,           # processes; 0: no other than this one
+    encoders:Sequence[str]=(),   # whose features are wanted, too
 ) -> None:
     "Compute the features that are too large to ship, where they are missing."
+    others = [name for name in encoders if name in OTHER_ENCODERS]
+    if others: draw_features(folder, others, workers)
     if dataset not in ACTION_SETS or not (Path(folder) / "made_from.json").is_file(): return
     streams = find_streams(folder, DATASETS[dataset])
     there = set.intersection(*(set(video_names(stream)) for stream in streams))
@@ -176,23 +266,61 @@ def make_features(
     if any(q.video_id not in there for part in parts.values() for q in part):
         build_action_set(folder, dataset, workers=workers)
 
+# %% ../nbs/14_experiments.ipynb #add16082
+def by_lot(
+    data:AVQADataset,
+) -> np.ndarray:             # rows of the questions
+    "An order that follows from the ids of the questions, and looks like chance."
+    lots = [hashlib.sha256(str(q.question_id).encode()).digest() for q in data.questions]
+    return np.array(sorted(range(len(lots)), key=lots.__getitem__))
+
+def hold_back(
+    data:AVQADataset,        # the training set
+    aside:float=0.,          # share of each video's questions
+    per_video:int|None=None, # how many of the others are kept
+) -> tuple[np.ndarray, np.ndarray]:      # rows to train on, and those set aside
+    "Set questions of every video aside. DataError: nothing is left on either side."
+    kept, held, videos = [], [], defaultdict(list)
+    for row in by_lot(data): videos[int(data.video[row])].append(int(row))
+    for rows in videos.values():
+        num = round(aside * len(rows))
+        held += rows[:num]
+        kept += rows[num:][:per_video]
+    if not kept or (aside and not held):
+        raise DataError(f"aside={aside}: {len(kept)} questions to train on and {len(held)} set aside; "
+                        "give another share")
+    return np.array(sorted(kept)), np.array(sorted(held), dtype=int)
+
 # %% ../nbs/14_experiments.ipynb #aa14e005
+def encoders_of(run:Run) -> list[str]:
+    "Whose features a run reads, if it names them."
+    return [name for stream, name in find_variant(run.variant).shows.items() if stream in ENCODERS]
+
 def read_splits(
     run:Run,
     data:str|Path|Mapping[str, str|Path],
 ) -> dict[str, AVQADataset]:     # train, val, test
-    "What a run learns from, chooses on and is asked. DataError."
+    """What a run learns from, chooses on and is asked; with `aside` also "seen": questions never
+    trained on about videos that were. DataError."""
     annotations = run.annotations if run.dataset == "music_avqa" else None
-    return load_splits(folder_of(data, run.dataset), run.dataset, clips=run.clips, types=run.types,
-                       annotations=annotations)
+    shows = dict(find_variant(run.variant).shows)
+    streams = {name: shows.pop(name) for name in ("visual", "audio") if name in shows}
+    splits = load_splits(folder_of(data, run.dataset), run.dataset, clips=run.clips, types=run.types,
+                         annotations=annotations, **streams)
+    if run.aside or run.per_video:
+        kept, aside = hold_back(splits["train"], run.aside, run.per_video)
+        if run.aside: splits["seen"] = some_questions(splits["train"], aside)
+        splits["train"] = some_questions(splits["train"], kept)
+    return show_objects(splits, **shows) if shows else splits
 
 def config_of(
     run:Run,
     splits:dict[str, AVQADataset],
 ):                           # configuration of its model
     "The options of the variant, fitted to the data."
-    variant, segments = VARIANTS[run.variant], max(10, *(part.visual.shape[1] for part in splits.values()))
-    return config_for(kind=variant.kind, data=splits["train"], num_segments=segments, **variant.options)
+    variant, segments = find_variant(run.variant), max(10, *(part.visual.shape[1] for part in splits.values()))
+    return config_for(kind=variant.kind, data=splits["train"], num_segments=segments,
+                      **{**variant.options, **run.options})
 
 def teacher_of(
     run:Run,                 # of a student
@@ -201,7 +329,7 @@ def teacher_of(
 ) -> Path:                   # folder of the checkpoint
     "The trained teacher; for the control, one that never learned anything."
     folder, learn = Path(work) / run.teacher.name, splits["train"]
-    if not VARIANTS[run.variant].untrained_teacher:
+    if not find_variant(run.variant).untrained_teacher:
         train_run(run.teacher, splits, work)
         return folder
     torch.manual_seed(run.seed)
@@ -270,6 +398,69 @@ class AskedSet:
             raise DataError(f"{folder}: does not fit the answers of {schema.name} ({error})") from error
         return cls(right, question_digest(test), len({q.video_id for q in parts["train"]}))
 
+# %% ../nbs/14_experiments.ipynb #428a85ee
+def pack(
+    numbers:Sequence[int],   # whole numbers from 0
+) -> str:                    # such as "u1:eJxj…"
+    "A column of a result file."
+    column = np.asarray(numbers)
+    kind = next(kind for kind in ("u1", "u2", "u4") if column.max(initial=0) <= np.iinfo(kind).max)
+    return f"{kind}:{b64encode(zlib.compress(column.astype('<' + kind).tobytes(), 9)).decode()}"
+
+def unpack(
+    column:str|list,         # from `pack`, or the numbers themselves
+    longest:int=10_000_000,  # bytes
+) -> np.ndarray:             # whole numbers
+    "The reverse. ValueError: it is neither."
+    if isinstance(column, list): return np.array(column, int)
+    kind, _, text = str(column).partition(":")
+    if kind not in ("u1", "u2", "u4"): raise ValueError(f"{str(column)[:20]!r} is no packed column")
+    try: content = zlib.decompressobj().decompress(b64decode(text, validate=True), longest)
+    except zlib.error as error: raise ValueError(f"a packed column is damaged ({error})") from error
+    return np.frombuffer(content, f"<{kind}").astype(int)
+
+TRAIN_SAMPLE = 1200          # trained questions that are asked again
+DISTURBANCES = {"noise": 1., "missing": None}        # in spreads of the features
+
+def read_truth(
+    folder:str|Path,         # of a sample set
+) -> dict[str, Scene]:       # video → scene; empty where nothing is known
+    "The truth about the test clips. DataError: broken."
+    file = Path(folder) / "truth" / "test.json"
+    if not file.is_file(): return {}
+    try: return {scene.video_id: scene for scene in map(Scene.from_json, json.loads(file.read_text(encoding="utf-8")))}
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{file}: not the scenes of clips ({error}); make the samples again") from error
+
+def measure_part(
+    model:nn.Module,
+    part:AVQADataset,
+) -> dict:
+    "How right and how sure; the columns allow a reliability diagram."
+    found = examine(model, part)
+    return {"questions": len(part), "accuracy": float(found.right.mean()), "loss": mean_surprise(found),
+            "calibration_error": calibration_error(found), "right": pack(found.right),
+            "confidence": pack(np.round(255 * found.confidence).astype(int))}     # in steps of 1/255
+
+def measure(
+    model:nn.Module,                 # trained
+    splits:dict[str, AVQADataset],   # train and test; seen, if questions were set aside
+    scenes:Mapping[str, Scene],      # truth about test clips
+) -> dict:
+    "All that a claim may need, small enough to keep."
+    train, test = splits["train"], splits["test"]
+    parts = {"train": some_questions(train, by_lot(train)[:TRAIN_SAMPLE]), "test": test,
+             **({"seen": splits["seen"]} if "seen" in splits else {})}
+    found = {"parts": {name: measure_part(model, part) for name, part in parts.items()}}
+    worse = {f"{stream}, {name}": disturbed(test, train, stream, noise) for stream in ("visual", "audio")
+             for name, noise in DISTURBANCES.items()}
+    found["disturbed"] = {name: float(predict(model, part).right.mean()) for name, part in worse.items()}
+    if maps := collect_maps(model, test):
+        found["diversity"] = diversity_of(maps, test.questions)
+        found["pointing"] = {look: {name: [round(x, 5) for x in row] for name, row in table.items()}
+                             for look, table in pointing_of(maps, test.questions, scenes).items()}
+    return found
+
 # %% ../nbs/14_experiments.ipynb #5bb811e5
 def run_one(
     run:Run,
@@ -283,19 +474,21 @@ def run_one(
     torch.set_num_threads(1)
     file = Path(results) / f"{run.name}.json"
     if is_done(run, file): return file
-    make_features(folder_of(data, run.dataset), run.dataset, workers=0)
+    make_features(folder_of(data, run.dataset), run.dataset, 0, encoders_of(run))
     splits = read_splits(run, data)
     found, test = train_run(run, splits, work, show_progress), splits["test"]
     model, *_ = load_checkpoint(Path(work) / run.name)
     shown = {"test": predict(model, test), "shuffled": predict(model, test, shuffle_videos=True)}
     asked = AskedSet.read(folder_of(data, run.dataset), run, test.schema)
+    scenes = read_truth(folder_of(data, run.dataset)) if run.dataset == "music_avqa" else {}
     record = {"run": asdict(run), "training": asdict(run.config), **found,
               "answers_per_second": round(answers_per_second(model, test)),
               "parameters": sum(p.numel() for p in model.parameters()),
               "torch": torch.__version__, "python": platform.python_version(),
               "machine": platform.machine(), "train_questions": len(splits["train"]),
               "test_questions": asked.digest, "schema": schema_to_json(test.schema),
-              "predicted": {name: shown[name].predicted.tolist() for name in shown}}
+              "predicted": {name: pack(shown[name].predicted) for name in shown},
+              "measured": measure(model, splits, scenes)}
     write_whole(file, lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
     return file
 
@@ -303,12 +496,13 @@ def run_one(
 def missing_runs(
     runs:Sequence[Run],
     results:str|Path,        # folder of the result files
+    tested:bool=True,        # see `read_record`
 ) -> list[Run]:              # in their order
     "The runs that still have to be done. DataError: a file of another run. ValueError: a name twice."
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"run_grid: {twice[0]} is there twice; give runs of different names")
-    return [run for run in runs if not is_done(run, Path(results) / f"{run.name}.json")]
+    return [run for run in runs if not is_done(run, Path(results) / f"{run.name}.json", tested)]
 
 def teach(
     run:Run,                 # of a teacher
@@ -325,26 +519,65 @@ def run_grid(
     results:str|Path,        # folder of the result files
     work:str|Path,           # folder of the checkpoints
     workers:int=2,           # processes, one thread each
+    tested:bool=True,        # False: a search, see `try_one`
 ) -> list[Path]:             # the result files, in the order of the runs
     """All runs, side by side, students after teachers; what is there is kept, so it can be stopped.
     A run that fails is reported when the others are done. ValueError, DataError: `missing_runs`."""
-    missing, files = missing_runs(runs, results), {}     # refuse before hours are spent
-    for name in {run.dataset: 0 for run in missing}: make_features(folder_of(data, name), name, workers)
+    missing, files = missing_runs(runs, results, tested), {}     # refuse before hours are spent
+    job_of_run = run_one if tested else try_one
+    for name in {run.dataset: 0 for run in missing}:
+        wanted = sorted({encoder for run in missing if run.dataset == name for encoder in encoders_of(run)})
+        make_features(folder_of(data, name), name, workers, wanted)
     students = [run for run in missing if run.teacher]
     others = [run for run in missing if not run.teacher]
     teachers = {run.teacher.name: run.teacher for run in students
-                if run.teacher not in others and not VARIANTS[run.variant].untrained_teacher}
+                if run.teacher not in others and not find_variant(run.variant).untrained_teacher}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, \
             tqdm(total=len(missing) + len(teachers), unit="run") as bar:
         waves = ([(teach, run, data, work) for run in teachers.values()]
-                 + [(run_one, run, data, results, work, False) for run in others],
-                 [(run_one, run, data, results, work, False) for run in students])
+                 + [(job_of_run, run, data, results, work, False) for run in others],
+                 [(job_of_run, run, data, results, work, False) for run in students])
         for wave in waves:
             jobs = {pool.submit(*job): job for job in wave}
             for _ in as_completed(jobs): bar.update()
-            files |= {job[1].name: future for future, job in jobs.items() if job[0] is run_one}
+            files |= {job[1].name: future for future, job in jobs.items() if job[0] is job_of_run}
     return [files[run.name].result() if run.name in files else Path(results) / f"{run.name}.json"
             for run in runs]
+
+# %% ../nbs/14_experiments.ipynb #53675870
+def try_one(
+    run:Run,
+    data:str|Path|Mapping[str, str|Path],
+    results:str|Path,        # a folder for the search
+    work:str|Path,
+    show_progress:bool=True,
+) -> Path:
+    "Train and note the history; test is not asked. DataError: the file is of another run."
+    torch.set_num_threads(1)
+    file = Path(results) / f"{run.name}.json"
+    if is_done(run, file, tested=False): return file
+    found = train_run(run, read_splits(run, data), work, show_progress)
+    record = {"run": asdict(run), "training": asdict(run.config), **found}
+    write_whole(file, lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
+    return file
+
+def search_table(
+    results:str|Path,        # folder of a search
+) -> str:
+    "A line a candidate, best on val first. DataError: nothing there."
+    groups = defaultdict(list)
+    for file in sorted(Path(results).glob("*.json")):
+        record = read_record(file, tested=False)
+        groups[Run(**record["run"]).title].append(record)
+    if not groups: raise DataError(f"{results}: no result files there; run a search first")
+    best = {title: [100 * max(entry["val"] for entry in record["history"]) for record in group]
+            for title, group in groups.items()}
+    lines = [["", "seeds", "val, per cent", "spread", "core seconds"]]
+    for title in sorted(best, key=lambda title: -np.mean(best[title])):
+        seconds = np.mean([record["cpu_seconds"] for record in groups[title]])
+        lines.append([title, str(len(best[title])), f"{np.mean(best[title]):.1f}",
+                      f"{np.std(best[title]):.1f}", f"{seconds:.0f}"])
+    return table_lines(lines)
 
 # %% ../nbs/14_experiments.ipynb #1455c863
 @dataclass(frozen=True)
@@ -356,7 +589,6 @@ class Result:
     clips:int                # training videos
     record:dict              # everything else in its file
 
-# %% ../nbs/14_experiments.ipynb #11d0a017
 def load_result(
     file:Path,
     run:Run,
@@ -364,7 +596,9 @@ def load_result(
     asked:AskedSet,
 ) -> Result:
     "Join answers and questions. DataError: a file of another test set."
-    shown = {name: np.array(record["predicted"][name], int) for name in ("test", "shuffled")}
+    try: shown = {name: unpack(record["predicted"][name]) for name in ("test", "shuffled")}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file}: {error}; delete it and run again") from error
     alike = record.get("test_questions", asked.digest) == asked.digest    # early files have none
     if not alike or any(x.shape != asked.right.answers.shape for x in shown.values()):
         split = f"{run.annotations}/" if run.dataset == "music_avqa" else run.dataset
@@ -447,12 +681,12 @@ def by_dataset(
     for group in by_title(results).values():
         run, table = group[0].run, tables[group[0].run.dataset]
         for (other, *_) in table.values():
-            for name in ("clips", "types", "annotations"):
+            for name in ("clips", "types", "annotations", "aside", "per_video", "label"):
                 if getattr(run, name) != getattr(other.run, name):
                     raise ValueError(f"{run.title} and {other.run.title}: {name} differs; "
                                      "such runs do not belong in one table")
         table[run.variant] = group
-    return {name: {variant: table[variant] for variant in VARIANTS if variant in table}
+    return {name: {variant: table[variant] for variant in VARIANTS | ABLATIONS if variant in table}
             for name, table in tables.items() if table}
 
 def score_datasets(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .encoders import VisualEncoder, load_encoders
-from .media import SAMPLE_RATE, MediaError, missing, open_media, read_segments, save_array
+from .media import SAMPLE_RATE, MediaError, missing, open_media, read_segments, save_array, writing
 
 # %% auto #0
 __all__ = ['SHIPPED', 'NO_POOLER', 'FAMILIES', 'PROCESSORS', 'ENCODERS', 'SUFFIXES', 'EncoderError', 'Encoder', 'load_small',
@@ -306,7 +306,7 @@ def load_encoder(
     else: encoder = load_small(name, ENCODERS[family], source or SHIPPED)
     try:
         encoder.model.to(device)
-        assert encoder.dim > 0                       # model and processor fit each other
+        assert encoder.dim > 0 and encoder.digest    # model and processor fit each other
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise EncoderError(f"{spec!r}: does not run on {device} ({str(error).splitlines()[0]}); "
                            "choose another device, or check the checkpoint") from error
@@ -369,15 +369,16 @@ def place_once(
     text:str,
 ) -> None:
     "Write a file whole, unless it is there already; of several who try, one succeeds."
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid4().hex}.part")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        try: os.link(draft, path)
-        except FileExistsError: pass
-        except OSError:                      # a disk without hard links
-            if not path.exists(): os.replace(draft, path)
-    finally: draft.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.write_text(text, encoding="utf-8")
+            try: os.link(draft, path)
+            except FileExistsError: pass
+            except OSError:                      # a disk without hard links
+                if not path.exists(): os.replace(draft, path)
+        finally: draft.unlink(missing_ok=True)
 
 def claim_folder(
     folder:Path,             # feats/<name of the encoder>
@@ -393,7 +394,7 @@ def claim_folder(
         raise EncoderError(f"{folder}: holds features of unknown origin; {remedy}")
     place_once(path, json.dumps(note, indent=1) + "\n")
     try: before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise EncoderError(f"{path}: cannot be read ({error}); {remedy}") from error
     for key, value in note.items():
         if before.get(key) != value:

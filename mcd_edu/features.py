@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 __all__ = ['PLAIN_NAME', 'NOTE', 'DTYPES', 'FORMAT', 'VERSION', 'INDEX', 'STORE_FILES', 'KEYS', 'DataError', 'open_array',
            'with_segments', 'to_float32', 'over_frames', 'read_feature', 'Features', 'check_name', 'read_json',
            'read_note', 'FeatureFolder', 'read_rows', 'PackedArray', 'missing', 'to_bytes', 'data_file',
-           'prepare_folder', 'write_index', 'write_data', 'pack_features', 'pack_array', 'is_whole', 'read_index',
-           'FeatureStore', 'hash_file', 'digest', 'open_features', 'stack_features', 'with_features']
+           'prepare_folder', 'clean_folder', 'write_index', 'write_data', 'pack_features', 'pack_array', 'is_whole',
+           'read_index', 'FeatureStore', 'hash_file', 'digest', 'open_features', 'stack_features', 'with_features']
 
 # %% ../nbs/00_features.ipynb #606481be
 class DataError(ValueError):
@@ -152,7 +152,7 @@ class Features:
         return lengths, tuple(expected)
 
 # %% ../nbs/00_features.ipynb #4bc2fadb
-PLAIN_NAME = re.compile(r"[\w-]+")       # of a video
+PLAIN_NAME = re.compile(r"[\w-]{1,150}")   # of a video
 
 def check_name(
     video:str,               # id
@@ -160,8 +160,8 @@ def check_name(
 ) -> str:
     "DataError where an id is not a plain file name."
     if not isinstance(video, str) or not PLAIN_NAME.fullmatch(video):
-        raise DataError(f"{path}: video id {video!r} is not a plain file name; rename it to "
-                        "letters, digits, - and _")
+        raise DataError(f"{path}: video id {str(video)[:80]!r} is not a plain file name; rename "
+                        "it to letters, digits, - and _")
     return video
 
 def read_json(path:Path, remedy:str):
@@ -300,11 +300,18 @@ def prepare_folder(
     folder:Path,             # where a store is to be
 ) -> None:
     "Make the folder; sweep out drafts of a killed run. DataError where other files lie in it."
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
+    for file in folder.iterdir() if folder.exists() else ():
         if not STORE_FILES.fullmatch(file.name):
             raise DataError(f"{folder}: holds {file.name}; give the store a folder of its own")
-    for draft in folder.glob(".*.part"): draft.unlink()
+    clean_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+def clean_folder(
+    folder:Path,             # of a store, whole or not
+) -> None:
+    "Drop drafts, and data that no index has come to name."
+    loose = [] if (folder / INDEX).is_file() else folder.glob("data-*.bin")
+    for file in (*folder.glob(".*.part"), *loose): file.unlink(missing_ok=True)
 
 def write_index(
     folder:Path,             # of the store
@@ -369,14 +376,20 @@ def pack_features(
     videos = list(source.videos if videos is None else videos)
     if len(set(videos)) < len(videos):
         raise DataError(f"{source.path}: a video was asked for twice; name each once")
-    prepare_folder(out)
-    draft, bar = out / ".data.part", tqdm(videos, unit="video", disable=not show_progress)
-    try:
-        index = write_data(source, draft, bar, dtype, frames, skip_bad)
-        os.replace(draft, data_file(out, index["sha256"]))
-    finally: draft.unlink(missing_ok=True)
+    over_frames(np.empty((1, 1)), frames)           # a ValueError before anything is written
+    draft = out / ".data.part"
     note = {"format": FORMAT, "version": VERSION, "encoder": encoder, "dtype": dtype}
-    write_index(out, note | index)
+    try:
+        prepare_folder(out)
+        try:
+            bar = tqdm(videos, unit="video", disable=not show_progress)
+            index = write_data(source, draft, bar, dtype, frames, skip_bad)
+            os.replace(draft, data_file(out, index["sha256"]))
+            write_index(out, note | index)
+        finally: clean_folder(out)
+    except OSError as error:
+        raise OSError(f"{out}: cannot be written ({error.strerror or error}); make room there, or "
+                      "choose another folder") from error
     return FeatureStore(out)
 
 def pack_array(

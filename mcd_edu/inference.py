@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .data import MUSIC_AVQA, Schema, Vocabulary, tokenize, trim
 from .encoders import Encoders, encode_segments, load_encoders
 from .media import Segments, read_segments
-from .model import MCD, VideoState
+from .model import MCD, Answer, VideoState
 from .training import CheckpointError, load_checkpoint, schema_of
 
 WEIGHTS = Path(getfile(MCD)).parent / "weights"   # shipped beside the code
@@ -161,22 +161,44 @@ class Answerer:
         choices:Sequence[str]=(),                # candidate answers, if the model was built for them
     ) -> list[Reply]:
         "Answer questions about one video; no answer depends on the others. ValueError: no words."
-        if len(choices) != self.schema.num_choices:
-            raise ValueError(f"{len(choices)} choices: this model was trained to choose among "
-                             f"{self.schema.num_choices}; give that many (0: none)")
         if top < 1: raise ValueError(f"top={top}: name at least one answer")
         questions = [questions] if isinstance(questions, str) else list(questions)
         if not questions: return []
-        (segments, state), prepared = watched, [self.prepare(question) for question in questions]
+        prepared, answer = self.answer(watched, questions, choices)
+        return self.replies(watched, questions, prepared, answer, top, choices)
+
+    @torch.inference_mode()
+    def answer(self,
+        watched:tuple[Segments, VideoState],     # from `watch`
+        questions:Sequence[str],                 # at least one
+        choices:Sequence[str]=(),                # candidate answers, if the model was built for them
+    ) -> tuple[list[Prepared], Answer]:          # the questions as read; b = 1, k of them
+        "What the model itself returns: logits, and the attention it used. ValueError: no words."
+        if len(choices) != self.schema.num_choices:
+            raise ValueError(f"{len(choices)} choices: this model was trained to choose among "
+                             f"{self.schema.num_choices}; give that many (0: none)")
+        prepared = [self.prepare(question) for question in questions]
         tokens = trim(torch.tensor([[p.tokens for p in prepared]]))
         objects = trim(torch.tensor([[p.objects for p in prepared]]))
         candidates = self.candidates(choices, len(questions))
-        answer = self.model.answer(state, tokens, objects, True, candidates)
-        clues = ([None] * len(questions) if answer.clues is None else
-                 clue_maps(answer.clues[0], tokens[0] != 0))
+        return prepared, self.model.answer(watched[1], tokens, objects, True, candidates)
+
+    def replies(self,
+        watched:tuple[Segments, VideoState],     # from `watch`
+        questions:Sequence[str],
+        prepared:Sequence[Prepared],             # the same, from `answer`
+        answer:Answer,                           # from `answer`
+        top:int=3,                               # answers and seconds to name
+        choices:Sequence[str]=(),                # the ones that `answer` was given
+    ) -> list[Reply]:
+        "Put what the model returned into words."
+        clues = [None] * len(questions)
+        if answer.clues is not None:
+            mask = trim(torch.tensor([p.tokens for p in prepared])) != 0
+            clues = clue_maps(answer.clues[0], mask)
         names = choices or self.schema.answers
-        return [make_reply(question, names, probabilities, clue, segments.seconds, top, p.unknown,
-                           p.note)
+        return [make_reply(question, names, probabilities, clue, watched[0].seconds, top,
+                           p.unknown, p.note)
                 for question, p, probabilities, clue
                 in zip(questions, prepared, answer.logits[0].softmax(-1), clues)]
 

@@ -6,25 +6,32 @@
 from __future__ import annotations
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import av
 import numpy as np
+from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'CUT_SECONDS', 'FORMATS', 'STAND_IN', 'MediaError',
-           'Segments', 'segment_starts', 'write_whole', 'write_json', 'save_array', 'claim_folder', 'write_video',
-           'encode_mp4', 'FrameCollector', 'SoundCollector', 'open_media', 'check_tracks', 'missing', 'check_whole',
-           'collect', 'read_segments']
+__all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'LOUDEST', 'CUT_SECONDS', 'FORMATS', 'STAND_IN',
+           'MediaError', 'Segments', 'segment_starts', 'writing', 'write_whole', 'write_tensors', 'write_json',
+           'save_array', 'claim_folder', 'start_worker', 'work_through', 'write_video', 'encode_mp4', 'FrameCollector',
+           'SoundCollector', 'open_media', 'check_tracks', 'missing', 'check_whole', 'collect', 'read_segments']
 
 # %% ../nbs/01_media.ipynb #fac76398
 SAMPLE_RATE = 16_000         # Hz, mono
 FRAMES_PER_SEGMENT = 4       # frames kept of each second
 FRAME_SIZE = 128             # pixels a side
 MAX_PIXELS = 8192 * 8192     # a larger picture is refused
+LOUDEST = 1e6                # samples are 1 at most, 32768 where somebody forgot to scale them
 CUT_SECONDS = 0.5            # a track that ends so much before its time was cut off
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,wav,mp3,flac"  # mov is also mp4 and 3gp
 
@@ -54,17 +61,39 @@ def segment_starts(
     return np.linspace(0, whole - 1, num_segments).round().astype(int)
 
 # %% ../nbs/01_media.ipynb #10020738
+@contextmanager
+def writing(
+    path:Path,               # what is being written
+) -> Iterator[None]:
+    "An error of the disk becomes an OSError that says where it was, and what to do."
+    try: yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error): raise    # safetensors
+        raise OSError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
+                      "make room there, or choose another folder") from error
+
 def write_whole(
     path:Path,                       # where the file goes; folders are made
     write:Callable[[Path], None],    # writes the file it is given
 ) -> None:
     "Write a file whole or not at all: what stood there before stays until the new one is ready."
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.part")
-    try:
-        write(draft)
-        os.replace(draft, path)
-    finally: draft.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.unlink(missing_ok=True)            # left by a killed run, or a link that leads elsewhere
+        try:
+            write(draft)
+            os.replace(draft, path)
+        finally: draft.unlink(missing_ok=True)
+
+def write_tensors(
+    path:Path,                       # such as model.safetensors
+    tensors:dict,                    # name → tensor
+    notes:dict[str, str]|None=None,  # kept beside them
+) -> None:
+    "A safetensors file, whole or not at all. (The library's own writer leaves its draft when killed.)"
+    from safetensors.torch import save  # not at the top: who reads a video does not need torch
+    write_whole(path, lambda draft: draft.write_bytes(save(tensors, notes)))
 
 # %% ../nbs/01_media.ipynb #bb269ddc
 def write_json(
@@ -90,12 +119,43 @@ def claim_folder(
 ) -> None:
     "Note in the folder what it is made from. ValueError where it is made from something else."
     path = folder / "made_from.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else origin
+    try: before = dict(json.loads(path.read_text("utf-8"))) if path.is_file() else origin
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); delete that folder or choose "
+                         "another one") from error
     if other := [key for key in origin if before.get(key) != origin[key]]:
         raise ValueError(f"{folder} holds a sample set made from other {' and '.join(other)}; "
                          "delete that folder or choose another one")
     note = json.dumps(origin, indent=1) + "\n"
     write_whole(path, lambda draft: draft.write_text(note, encoding="utf-8"))
+
+# %% ../nbs/01_media.ipynb #7b1e0c02
+def start_worker(
+    *setup,                  # a function and its arguments, called first
+) -> None:
+    "In a process that works for another: end it as soon as the other has ended, however that was."
+    def leave():
+        parent_process().join()
+        os._exit(1)
+    Thread(target=leave, daemon=True).start()
+    if setup: setup[0](*setup[1:])
+
+def work_through(
+    work:Callable,           # one argument
+    jobs:Sequence,
+    workers:int,             # processes beside this one; 0: none
+    *setup,                  # for `start_worker`
+) -> None:
+    "Do all jobs, with a bar. OSError where a worker was killed."
+    if workers == 0:
+        for job in tqdm(jobs, unit="clip"): work(job)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, setup) as pool:
+        try:
+            for _ in tqdm(pool.map(work, jobs, chunksize=8), total=len(jobs), unit="clip"): pass
+        except BrokenProcessPool as error:
+            raise OSError("a worker was killed, perhaps for want of memory; start again with fewer "
+                          "workers: what is done is kept") from error
 
 # %% ../nbs/01_media.ipynb #766692de
 def write_video(
@@ -177,7 +237,9 @@ class SoundCollector:
         for piece in self.resampler.resample(frame): self.copy(piece.to_ndarray().mean(0))
 
     def copy(self, samples:np.ndarray) -> None:
-        "Lay samples down second by second."
+        "Lay samples down second by second. ValueError: they are no numbers."
+        if not (np.abs(samples) < LOUDEST).all():
+            raise ValueError("its sound has samples that are no numbers, or far too large")
         while len(samples):
             second, offset = divmod(self.position, SAMPLE_RATE)
             count = min(len(samples), SAMPLE_RATE - offset)
@@ -254,6 +316,7 @@ def collect(
     "Decode the first picture and the first sound track in one pass."
     streams = [*container.streams.video[:1], *container.streams.audio[:1]]
     ends = {stream.index: 0. for stream in streams}
+    for stream in streams: stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}    # later ones, too
     for packet in container.demux(*streams):
         for frame in packet.decode():
             (pictures if isinstance(frame, av.VideoFrame) else sound).add(frame)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/09_model.ipynb #fea752f2
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -12,18 +12,19 @@ from einops import einsum, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .aggregator import Aggregator
-from .association import Association
+from .aggregator import SHARING, Aggregator
+from .association import ATTENTIONS, Association
 from .distillation import SemanticApproximation, association_loss
 from .encoders import TextEncoder
-from .fusion import LocalElementFusion
+from .fusion import LocalElementFusion, NoFusion
+from .hub import Pretrained
 from .layers import KeysValues, check_mask, masked_mean
 
 # %% auto #0
-__all__ = ['check_named', 'MCDConfig', 'VideoState', 'Answer', 'PredictionHead', 'Standardise', 'check_choices', 'score_choices',
-           'answer_loss', 'MCD', 'mcd_losses']
+__all__ = ['ASSOCIATIONS', 'LEVELS', 'HEADS', 'check_named', 'check_effect', 'MCDConfig', 'VideoState', 'Answer',
+           'PredictionHead', 'Standardise', 'check_choices', 'score_choices', 'answer_loss', 'MCD', 'mcd_losses']
 
-# %% ../nbs/09_model.ipynb #cdd0455b
+# %% ../nbs/09_model.ipynb #65c34e5f
 def check_named(
     config,                         # a configuration
     **allowed:tuple[str, ...],      # field → the names it may hold
@@ -33,6 +34,25 @@ def check_named(
         if getattr(config, name) not in names:
             raise ValueError(f"{type(config).__name__}: {name}={getattr(config, name)!r} is unknown; "
                              f"choose one of {', '.join(names)}")
+
+def check_effect(
+    config,                         # a configuration
+    **switches:tuple[str, ...],     # field → fields that mean nothing while it is 0 or False
+) -> None:
+    "ValueError where a choice would change nothing: such a variant is no comparison."
+    default = {field.name: field.default for field in fields(config)}
+    for switch, names in switches.items():
+        for name in names:
+            if not getattr(config, switch) and getattr(config, name) != default[name]:
+                raise ValueError(f"{type(config).__name__}: {name}={getattr(config, name)!r} "
+                                 f"changes nothing with {switch}={getattr(config, switch)!r}; "
+                                 "leave one of them out")
+
+ASSOCIATIONS = {     # who looks at whom → options of `AssociationBlock`
+    "both": {}, "self": {"cross": "none"}, "cross": {"self_attention": False},
+    "to_visual": {"cross": "to_visual"}, "to_audio": {"cross": "to_audio"}}
+LEVELS = {"low_high": (0, 1), "low": (0, 0), "high": (1, 1), "parallel": (0, 1)}   # of each round
+HEADS = {"clue_only": 0, "late_fusion": 3, "late_add": 2, "late_gate": 2}  # inputs that are fused
 
 @dataclass(frozen=True)
 class MCDConfig:
@@ -54,15 +74,33 @@ class MCDConfig:
     weight_kd:float = 0.1           # λ_kd
     gated_objects:bool = True       # do text objects choose what to take of a find?
     ordered_objects:bool = True     # does the order of the text objects count?
-    head:str = "clue_only"          # or late_fusion
+    head:str = "clue_only"          # or late_fusion (concatenate), late_add, late_gate
     modalities:str = "both"         # or visual, audio, none: what the model may perceive
     num_choices:int = 0             # candidates of a question; 0: a classifier of num_answers
+    residual:bool = True            # does a modality keep its own features in the association?
+    association:str = "both"        # or self, cross, to_visual, to_audio: who looks at whom
+    attention:str = "soft"          # or hard: of the association
+    levels:str = "low_high"         # or low, high, parallel: what the rounds of clues look at
+    sharing:str = "all"             # or levels, modalities, none: of the aggregator
+    top_k:int = 0                   # segments kept by each look of the aggregator; 0: all
+    element_fusion:bool = True      # False: no LEF
+    kd_kind:str = "nce"             # or kl, mse
+    kd_edges:str = "both"           # or visual, audio
+    kd_level:str = "low"            # or high: the features that are projected
+    kd_stop_gradient:bool = False   # do the features only teach?
+    mask_same_video:bool = True     # False: copies of a video in a batch count as other videos
+    matched_head:bool = False       # as many parameters as the largest head, whichever it is
 
     def __post_init__(self):
-        check_named(self, head=("clue_only", "late_fusion"),
-                    modalities=("both", "visual", "audio", "none"))
+        check_named(self, head=tuple(HEADS), modalities=("both", "visual", "audio", "none"),
+                    association=tuple(ASSOCIATIONS), attention=tuple(ATTENTIONS),
+                    levels=tuple(LEVELS), sharing=tuple(SHARING), kd_kind=("nce", "kl", "mse"),
+                    kd_edges=("both", "visual", "audio"), kd_level=("low", "high"))
+        check_effect(self, num_blocks=("residual", "association", "attention"),
+                     weight_kd=("kd_kind", "kd_edges", "kd_level", "kd_stop_gradient"),
+                     element_fusion=("gated_objects", "ordered_objects"))
 
-# %% ../nbs/09_model.ipynb #2962a01d
+# %% ../nbs/09_model.ipynb #69148b46
 class VideoState(NamedTuple):
     "All that the questions of a video share; computed once per video."
     low:tuple[Tensor, Tensor]             # projected features, visual and audio, b t d each
@@ -86,22 +124,26 @@ class PredictionHead(nn.Module):
         config:MCDConfig,
     ):
         super().__init__()
-        self.late, d = config.head == "late_fusion", config.embed_dim
-        self.fuse = nn.Linear(3 * d, d) if self.late else nn.Identity()
-        self.mlp = nn.Sequential(nn.Dropout(config.dropout), nn.GELU(), nn.Linear(d, 2 * d),
-                                 nn.GELU(), nn.Dropout(config.dropout),
-                                 nn.Linear(2 * d, d if config.num_choices else config.num_answers))
+        self.kind, d, inputs = config.head, config.embed_dim, HEADS[config.head]
+        hidden, outputs = 2 * d, d if config.num_choices else config.num_answers
+        if config.matched_head:      # what fusing saves goes into the hidden layer, unit by unit
+            spared = (max(HEADS.values()) - inputs) * d * d + (0 if inputs else d)
+            hidden += spared // (d + 1 + outputs)
+        self.fuse = nn.Linear(inputs * d, d) if inputs else nn.Identity()
+        self.mlp = nn.Sequential(nn.Dropout(config.dropout), nn.GELU(), nn.Linear(d, hidden),
+                                 nn.GELU(), nn.Dropout(config.dropout), nn.Linear(hidden, outputs))
 
     def forward(self,
         question:Tensor,         # pooled combinatorial question embedding, b k d
         state:VideoState,        # looked at by the late-fusion variant alone
     ) -> Tensor: # logits b k a, or what the choices are compared with, b k d
-        "Answers from the question; from question and video in the late-fusion variant [O]."
-        if self.late:
-            video = torch.cat([masked_mean(x, state.mask) for x in state.high], dim=-1)
-            video = repeat(video, "b d -> b k d", k=question.shape[1])
-            question = torch.cat([question, video], dim=-1)
-        return self.mlp(self.fuse(question))
+        "Answers from the question; from question and video in the late-fusion variants [O]."
+        if self.kind == "clue_only": return self.mlp(question)
+        video = torch.cat([masked_mean(x, state.mask) for x in state.high], dim=-1)
+        video = repeat(video, "b d -> b k d", k=question.shape[1])
+        if self.kind == "late_add": return self.mlp(question + self.fuse(video))
+        if self.kind == "late_gate": return self.mlp(question * self.fuse(video.tanh()))
+        return self.mlp(self.fuse(torch.cat([question, video], dim=-1)))
 
 # %% ../nbs/09_model.ipynb #ace1712d
 class Standardise(nn.Module):
@@ -163,11 +205,12 @@ def answer_loss(
                          f"the b k = {tuple(logits.shape[:2])} questions")
     if question_mask is not None: check_mask("answer_loss", question_mask, answers.shape, "b k")
     there = answers >= 0 if question_mask is None else question_mask & (answers >= 0)
-    total = F.cross_entropy(logits[there].float(), answers[there], reduction="sum")
+    known = answers.masked_fill(~there, -100)          # left out, without asking how many there are
+    total = F.cross_entropy(logits.flatten(0, 1).float(), known.flatten(), reduction="sum")
     return total / there.sum().clamp(min=1)
 
-# %% ../nbs/09_model.ipynb #8cdf21c8
-class MCD(nn.Module):
+# %% ../nbs/09_model.ipynb #8342ebf4
+class MCD(nn.Module, Pretrained, kind="mcd", make_config=MCDConfig):
     "Mutual Correlation Distillation, whole. [P][F], reconstructed."
     def __init__(self,
         config:MCDConfig,
@@ -181,11 +224,17 @@ class MCD(nn.Module):
         self.position = nn.Parameter(torch.randn(config.num_segments, d) * 0.1)
         self.text = TextEncoder(config.vocab_size, d, config.max_tokens, **options)
         self.project_question, self.project_objects = nn.Linear(d, d), nn.Linear(d, d)
-        self.association = Association(d, config.num_blocks, ffn_mult=config.ffn_mult, **options)
-        self.aggregator = Aggregator(d, ffn_mult=config.ffn_mult, **options)
-        self.fusion = LocalElementFusion(d, gated=config.gated_objects,
-                                         ordered=config.ordered_objects, **options)
-        self.distillation = SemanticApproximation(d, config.shared_dim, config.temperature)
+        self.association = Association(
+            d, config.num_blocks, ffn_mult=config.ffn_mult, residual=config.residual,
+            attention=config.attention, **ASSOCIATIONS[config.association], **options)
+        self.aggregator = Aggregator(d, ffn_mult=config.ffn_mult, sharing=config.sharing, **options,
+                                     top_k=config.top_k, parallel=config.levels == "parallel")
+        self.fusion = LocalElementFusion(
+            d, gated=config.gated_objects, ordered=config.ordered_objects,
+            **options) if config.element_fusion else NoFusion(d)
+        self.distillation = SemanticApproximation(
+            d, config.shared_dim, config.temperature, config.kd_kind, config.kd_stop_gradient,
+            config.kd_edges)
         self.head = PredictionHead(config)
 
     def fit_features(self,
@@ -209,8 +258,9 @@ class MCD(nn.Module):
         low = (self.project_visual(visual) * seen + position,
                self.project_audio(audio) * heard + position)
         high = self.association(*low, mask)
-        return VideoState(low, high, mask, self.aggregator.keys_values(low, high),
-                          self.fusion.keys_values(low, high))
+        shown = [(low, high)[level] for level in LEVELS[self.config.levels]]
+        return VideoState(low, high, mask, self.aggregator.keys_values(*shown),
+                          self.fusion.keys_values(*shown))
 
     def answer(self,
         state:VideoState,            # from `encode_video`
@@ -287,7 +337,9 @@ def mcd_losses(
     "CE + λ_av L_av + λ_kd L_kd by name; minimise `total`. ValueError: bad shapes. [P][F], λ [O]"
     ce = answer_loss(answer.logits, answers, question_mask)
     config, pooled = model.config, (masked_mean(x, state.mask) for x in state.high)
+    if not config.mask_same_video: video_ids = None
     av = association_loss(*pooled, video_ids, config.temperature)
-    kd = model.distillation(*state.low, answer.question, state.mask, question_mask, video_ids)
+    taught = state.low if config.kd_level == "low" else state.high
+    kd = model.distillation(*taught, answer.question, state.mask, question_mask, video_ids)
     total = ce + config.weight_av * av + config.weight_kd * sum(kd.values())
     return {"total": total, "ce": ce, "av": av, **kd}

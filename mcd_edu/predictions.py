@@ -82,7 +82,10 @@ def read_lines(
     "The lines of a file of predictions. DataError names the line and what is wrong with it."
     if not path.is_file(): raise DataError(f"{path}: no such file; write it with mcd-edu evaluate --out")
     lines, seen = [], set()
-    for i, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try: content = path.read_text(encoding="utf-8-sig")
+    except UnicodeError as error:
+        raise DataError(f"{path}: is no text ({error}); write the file again") from error
+    for i, text in enumerate(content.splitlines(), 1):
         try:
             line = json.loads(text)
             words = [line[key] for key in ("dataset", "video", "gold", "prediction")] + line["type"]

@@ -5,20 +5,25 @@
 # %% auto #0
 __all__ = ['COLORS', 'MODEL_COLORS', 'SPARE_COLORS', 'AXIS', 'TEMPLATE', 'STYLE', 'LOSSES', 'TYPES', 'panels', 'escape',
            'plot_scene', 'data_uri', 'frame_strip', 'second_axis', 'add_images', 'short', 'envelope', 'spectrogram',
-           'tint', 'plot_timeline', 'plot_clues', 'compare_clues', 'plot_history', 'plot_types']
+           'tint', 'plot_timeline', 'plot_clues', 'compare_clues', 'Asked', 'Look', 'clue_rows', 'stacked',
+           'scene_rows', 'wrapped', 'add_heat', 'add_answers', 'add_clip', 'rows_or_reason', 'add_clues', 'plot_board',
+           'plot_history', 'plot_types']
 
-# %% ../nbs/13_visual.ipynb #f1833053
+# %% ../nbs/13_visual.ipynb #621e59df
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
 import torch
-from einops import reduce
+from einops import rearrange, reduce, repeat
 from PIL import Image
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from .data import QUESTION_TYPES
 from .encoders import LogMel
@@ -92,7 +97,7 @@ def plot_scene(
                      range=[len(labels) - .5, -.5], automargin=True)
     return fig.update_xaxes(title="second", range=[0, DURATION], dtick=1)
 
-# %% ../nbs/13_visual.ipynb #a8231c99
+# %% ../nbs/13_visual.ipynb #f0905396
 def data_uri(
     picture:np.ndarray,  # h w 3, uint8
     size:tuple[int, int]=(64, 64),   # width and height in the figure's file, pixels
@@ -100,7 +105,7 @@ def data_uri(
     "A picture as text that a figure can hold."
     file = io.BytesIO()
     small = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
-    small.save(file, "JPEG", quality=75)
+    small.save(file, "JPEG", quality=65)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 def frame_strip(
@@ -135,14 +140,14 @@ def add_images(fig:go.Figure, images:Sequence[dict], row:int, t:int, top:int) ->
     for image in images: fig.add_layout_image(image, row=row, col=1)
     fig.update_yaxes(range=[0, top], showgrid=False, zeroline=False, row=row, col=1)
 
-# %% ../nbs/13_visual.ipynb #ffd552ce
+# %% ../nbs/13_visual.ipynb #d2212f48
 def short(values:np.ndarray, digits:int) -> list:
     "Numbers as text-friendly as a figure needs them: every digit travels in the notebook."
     return np.asarray(values, dtype=float).round(digits).tolist()
 
 def envelope(
     waveform:np.ndarray,     # t n
-    bins:int=20,             # of each segment
+    bins:int=12,             # of each segment
 ) -> tuple[np.ndarray, np.ndarray]:   # smallest and largest sample of each bin, t·bins
     "A waveform by its lower and upper edge."
     length = waveform.shape[1] // bins * bins
@@ -167,7 +172,7 @@ def tint(
     full = np.array([int(color[i:i + 2], 16) for i in (1, 3, 5)])
     return (255 - share[::-1, :, None] * (255 - full)).round().astype(np.uint8)
 
-# %% ../nbs/13_visual.ipynb #c7b2156c
+# %% ../nbs/13_visual.ipynb #5164d96c
 def plot_timeline(
     segments:Segments,
     per_second:int=1,        # frames of each segment, at most 3
@@ -182,7 +187,7 @@ def plot_timeline(
         fig.add_scatter(x0=.5 * t / len(low), dx=t / len(low), y=short(edge, 2), mode="lines",
                         fill=fill, line=dict(color=COLORS["audio"], width=.5), hoverinfo="skip",
                         row=2, col=1)
-    sound = data_uri(tint(mel, COLORS["audio"]), (mel.shape[1] * 2, len(mel) * 2))
+    sound = data_uri(tint(mel, COLORS["audio"]), mel.shape[::-1])
     add_images(fig, [dict(source=sound, x=0, y=len(mel), sizex=t, sizey=len(mel),
                           sizing="stretch", layer="above")], 3, t, len(mel))
     hertz = np.array([250, 1000, 4000])          # where these lie among the bands, on the mel scale
@@ -245,6 +250,257 @@ def compare_clues(
     fig.update_yaxes(tickvals=rows, ticktext=labels, autorange="reversed", automargin=True)
     fig.update_layout(width=720, height=130 + 30 * len(replies), margin_b=55)
     return fig.update_xaxes(title="second", **second_axis(replies[0].seconds))
+
+# %% ../nbs/13_visual.ipynb #1678b5b5
+@dataclass(frozen=True)
+class Asked:
+    "One question put to one model, with the attention that it used."
+    model:str                        # what the model is called
+    reply:Reply
+    words:tuple[str, ...]            # of the question as the model reads it, l
+    objects:tuple[str, ...]          # its text objects, m
+    clues:Tensor|None                # of the words on the segments, s h l t; None: cannot point
+    object_clues:Tensor|None=None    # of the text objects, s h m t
+    annotated:str=""                 # the answer of the annotation, if there is one
+
+@dataclass(frozen=True)
+class Look:
+    "Which part of the attention to show."
+    who:str="words"                  # or objects
+    which:int|None=None              # one word or object; None: the mean of all
+    level:str="each"                 # low and high apart; or low, high, both: as one
+    head:int|str="mean"              # or each, or the number of a head from 0
+
+# %% ../nbs/13_visual.ipynb #b329de00
+def clue_rows(
+    asked:Asked,
+    look:Look=Look(),
+) -> tuple[list[str], Tensor]:       # names of the rows, r; visual and audio, 2 r t
+    "The rows of attention that a look asks for. ValueError: this model has no such attention."
+    names, clues = asked.words, asked.clues
+    if look.who == "objects": names, clues = asked.objects, asked.object_clues
+    if clues is None or not names:
+        raise ValueError("no text object in this question" if clues is not None else
+                         f"this model shows no attention of its {look.who}")
+    clues = clues[:, :, :len(names)]             # what follows is padding
+    if len(clues) == 1: clues = repeat(clues, "1 h n t -> 2 h n t")          # one look for both
+    clues = rearrange(clues, "(level modality) h n t -> level modality h n t", modality=2)
+    clues = clues.mean(3) if look.which is None else clues[:, :, :, look.which]
+    levels, heads = ("low", "high")[:len(clues)], range(clues.shape[2])
+    if look.level == "both":
+        clues = reduce(clues, "level m h t -> 1 m h t", "sum" if look.who == "objects" else "mean")
+        levels = ("both",)
+    elif look.level in levels:
+        clues, levels = clues[[levels.index(look.level)]], (look.level,)
+    if look.head == "mean": clues, heads = reduce(clues, "v m h t -> v m 1 t", "mean"), ("",)
+    elif look.head in heads: clues, heads = clues[:, :, [look.head]], (look.head,)
+    elif look.head != "each": raise ValueError(f"this model has {len(heads)} heads")
+    labels = [f"{level} {head + 1 if isinstance(head, int) else ''}".strip()
+              for level in levels for head in heads]
+    return labels, rearrange(clues, "v m h t -> m (v h) t")
+
+# %% ../nbs/13_visual.ipynb #8f5a5041
+def stacked(
+    heights:Sequence[int],       # of the panels from the top, pixels
+    gaps:Sequence[int],          # below each panel, the last one's too, pixels
+    top:int,                     # above the first, pixels
+) -> tuple[int, list[tuple[float, float]]]:  # height of the figure; bottom and top of each panel
+    "Panels one below the other, as shares of the plot area."
+    whole, at, domains = sum(heights) + sum(gaps[:-1]), 0, []
+    for height, gap in zip(heights, gaps):
+        domains.append((1 - (at + height) / whole, 1 - at / whole))
+        at += height + gap
+    return whole + top + gaps[-1], [(max(0., low), min(1., high)) for low, high in domains]
+
+# %% ../nbs/13_visual.ipynb #d007ba05
+def scene_rows(
+    scene:Scene,
+    seconds:Sequence[int],       # where each segment starts, t
+) -> tuple[list[str], list[list[float]], list[list[str]]]:   # labels, shades and words, p t
+    "The truth as rows of segments: shaded where a source sounds, the louder the darker."
+    words = {0.: "loud", -8.: "medium", -16.: "soft"}
+    labels, shades, texts = [], [], []
+    for p in scene.players:
+        place = f"{p.depth} {p.place}" if p.visible else "off-screen"
+        labels.append(f"{escape(p.instrument)}, {place}")
+        sounds = [p.sounding and p.onset <= second < p.end for second in seconds]
+        shades.append([float(np.clip(1 + p.level / 24, .3, 1)) if s else 0. for s in sounds])
+        texts.append([""] * len(sounds))
+        if any(sounds): texts[-1][sounds.index(True)] = words.get(p.level, f"{p.level:g} dB")
+        else: texts[-1][0] = "not in these seconds" if p.sounding else "silent"
+    return labels, shades, texts
+
+# %% ../nbs/13_visual.ipynb #c9309c8f
+def wrapped(
+    text:str,                    # anything that somebody typed
+    width:int,                   # characters a line
+    lines:int=2,
+) -> str:
+    "Text for a figure, as `escape` leaves it, on a few lines."
+    plain = html.unescape(escape(text, width * lines))
+    return "<br>".join(map(escape, textwrap.wrap(plain, width, max_lines=lines, placeholder=" …")))
+
+def add_heat(
+    fig:go.Figure,
+    z:np.ndarray,                # rows, t
+    labels:Sequence[str],        # of the rows
+    color:str,                   # of the highest value
+    axis:int,                    # number of its y axis
+    highest:float,
+    **options,                   # of plotly's heat map
+) -> None:
+    "Rows of cells over the segments, the first row on top."
+    fig.add_heatmap(z=short(z, 3), x=[i + .5 for i in range(len(z[0]))], y=list(range(len(z))),
+                    zmin=0, zmax=highest, colorscale=[[0, "#f6f8fa"], [1, color]], xgap=2, ygap=2,
+                    showscale=False, yaxis=f"y{axis}", **options)
+    fig.update_layout({f"yaxis{axis}": dict(
+        tickvals=list(range(len(z))), ticktext=list(labels), range=[len(z) - .5, -.5],
+        showgrid=False, zeroline=False, tickfont=dict(size=11, color=color))})
+
+# %% ../nbs/13_visual.ipynb #48cf9400
+def add_answers(
+    fig:go.Figure,
+    asked:Asked,
+    name:str,                    # A or B; nothing where there is one alone
+    number:int,                  # of its axes
+    domain:tuple[float, float],  # from left to right, share of the plot area
+    height:tuple[float, float],  # bottom and top, the same
+    width:int,                   # characters that fit beside each other
+) -> None:
+    "What was asked, and the most probable answers as bars."
+    reply, notes = asked.reply, []
+    best = [(reply.answer, reply.probability), *reply.alternatives][:4]
+    fig.add_bar(y=list(range(len(best))), x=[round(p, 4) for _, p in best], orientation="h",
+                marker_color=[COLORS["show"]] + [COLORS["faint"]] * (len(best) - 1),
+                text=[f"{'<b>' * (not i)}{escape(answer, 24)}{'</b>' * (not i)} {p:.0%}"
+                      for i, (answer, p) in enumerate(best)], textposition="outside",
+                textfont_color=COLORS["ink"], cliponaxis=False, hoverinfo="skip",
+                xaxis=f"x{number}", yaxis=f"y{number}")
+    if asked.annotated:
+        right = "✓" if asked.annotated == reply.answer else "✗"
+        notes.append(f"annotation: {asked.annotated} {right}")
+    if reply.unknown: notes.append(f"never seen in training: {', '.join(reply.unknown)}")
+    if reply.note: notes.append(reply.note)
+    quiet = f"<span style='color:{COLORS['quiet']};font-size:11px'>{{}}</span>"
+    head = " · ".join(filter(None, (f"<b>{name}</b>" * bool(name), escape(asked.model, 40))))
+    lines = [quiet.format(head), wrapped(reply.question, width)]
+    if notes: lines.append(quiet.format(escape(" · ".join(notes), int(1.2 * width))))
+    fig.add_annotation(x=domain[0], y=height[1], xref="paper", yref="paper", xanchor="left",
+                       yanchor="bottom", align="left", showarrow=False, font_size=13,
+                       text="<br>".join(lines))
+    hidden = dict(visible=False, fixedrange=True)
+    fig.update_layout({
+        f"xaxis{number}": dict(hidden, domain=domain, range=[0, 1.6], anchor=f"y{number}"),
+        f"yaxis{number}": dict(hidden, domain=height, range=[3.6, -.6], anchor=f"x{number}")})
+
+def add_clip(
+    fig:go.Figure,
+    segments:Segments,
+    axes:Sequence[int],          # numbers of three y axes: frames, waveform, spectrogram
+) -> None:
+    "Frames, waveform and log-mel spectrogram of a clip on one axis of time."
+    frames, wave, mel = axes
+    t, bands = len(segments), spectrogram(segments.waveform)
+    low, high = envelope(segments.waveform)
+    for edge, fill in ((low, None), (high, "tonexty")):
+        fig.add_scatter(x0=.5 * t / len(low), dx=t / len(low), y=short(edge, 2), mode="lines",
+                        fill=fill, line=dict(color=COLORS["audio"], width=.5), hoverinfo="skip",
+                        yaxis=f"y{wave}")
+    sound = data_uri(tint(bands, COLORS["audio"]), bands.shape[::-1])
+    fig.add_layout_image(source=sound, x=0, y=1, sizex=t, sizey=1, sizing="stretch",
+                         layer="above", xref="x", yref=f"y{mel}")
+    for image in frame_strip(segments, most=20):
+        width = image["sizex"]                           # with a little air between two frames
+        image |= dict(x=image["x"] + .02 * width, sizex=.96 * width, xref="x", yref=f"y{frames}")
+        fig.add_layout_image(image)
+    for axis, name in ((frames, "frames"), (mel, "spectrogram")):
+        fig.add_scatter(x=[0, t], y=[0, 1], mode="markers", marker_opacity=0, hoverinfo="skip",
+                        yaxis=f"y{axis}")                # an axis without a trace is not drawn
+        fig.update_layout({f"yaxis{axis}": dict(range=[0, 1], showgrid=False, zeroline=False,
+                                                tickvals=[.5], ticktext=[name])})
+    loudest = max(.05, float(np.abs(segments.waveform).max()))
+    fig.update_layout({f"yaxis{wave}": dict(range=[-loudest, loudest], showgrid=False,
+                                            tickvals=[0], ticktext=["waveform"])})
+
+def rows_or_reason(asked:Asked, look:Look) -> tuple[list[str], np.ndarray|None, str]:
+    "Names of the rows and visual and audio rows, or none and the reason why there are none."
+    try: labels, rows = clue_rows(asked, look)
+    except ValueError as error: return [""], None, str(error)
+    return labels, rows.numpy(), ""
+
+# %% ../nbs/13_visual.ipynb #25e9b9fb
+def add_clues(
+    fig:go.Figure,
+    name:str,                        # what the rows are called first, such as A
+    labels:Sequence[str],            # of the rows, from `rows_or_reason`
+    rows:np.ndarray|None,            # visual and audio, 2 r t
+    reason:str,                      # why there are none
+    axis:int,                        # number of the first of two y axes
+    highest:float,                   # attention of the darkest cell
+    numbers:bool,                    # write the per cents into the cells?
+) -> None:
+    "Where one question looked, and where it listened."
+    t = int(fig.layout.xaxis.range[1])
+    for m, (verb, color) in enumerate((("looks", "visual"), ("listens", "audio"))):
+        names = [f"{name} {verb} {label}".strip() for label in labels]
+        z, options = np.zeros((1, t)), {}
+        if rows is not None: z, options["hovertemplate"] = rows[m], "%{z:.1%}<extra></extra>"
+        else: fig.add_annotation(x=.1, y=0, xref="x", yref=f"y{axis + m}", text=escape(reason),
+                                 xanchor="left", showarrow=False, font_size=11)
+        if numbers and rows is not None: options |= dict(texttemplate="%{z:.0%}", textfont_size=10)
+        add_heat(fig, z, names, COLORS[color], axis + m, highest, **options)
+
+# %% ../nbs/13_visual.ipynb #07ebae04
+def plot_board(
+    segments:Segments,
+    asked:Sequence[Asked],           # one question, or two to compare, about these segments
+    looks:Look|Sequence[Look]=Look(),    # which attention of each to show
+    scene:Scene|None=None,           # the truth, where it is known
+    width:int=700,                   # pixels
+) -> go.Figure:
+    "Answers, clip, clues, truth: each second one column. ValueError: other segments, 0 or 3 asked. [O]"
+    if not 1 <= len(asked) <= 2:
+        raise ValueError(f"plot_board: {len(asked)} questions; give one, or two to compare")
+    for one in asked:
+        if one.reply.seconds != tuple(map(int, segments.seconds)):
+            raise ValueError(f"plot_board: {len(segments)} segments for a question about "
+                             f"{len(one.reply.seconds)} others; give what `watch` returned")
+    t, two = len(segments), len(asked) > 1
+    looks = [looks] * len(asked) if isinstance(looks, Look) else looks
+    parts = [rows_or_reason(one, look) for one, look in zip(asked, looks)]
+    cell = 22 if max(len(labels) for labels, *_ in parts) <= 4 else 14       # pixels
+    whole, labelled = width - 32, 132                    # the plot area; what labels of rows take
+    heights, gaps = [88, (whole - labelled) // max(10, t), 34, 48], [14, 4, 4, 12]
+    for labels, *_ in parts: heights, gaps = heights + [cell * len(labels)] * 2, gaps + [4, 12]
+    if scene: heights, gaps = heights + [19 * len(scene.players)], [*gaps[:-1], 26, 12]
+    height, (answers, *domains) = stacked(heights, [*gaps[:-1], 48], top=84)
+    even = "" if any(look.who == "objects" for look in looks) else \
+        f" (looking everywhere alike would be {1 / t:.0%} each)"
+    time = dict(second_axis(segments.seconds), anchor="free", position=0, showgrid=False,
+                zeroline=False, fixedrange=True, title=f"second of the video{even}",
+                title_font_size=12, domain=(labelled / whole, 1))
+    fig = go.Figure(layout=dict(STYLE, width=width, height=height, showlegend=False, bargap=.25,
+                                margin=dict(l=16, r=16, t=84, b=48), xaxis=time))
+    add_clip(fig, segments, (2, 3, 4))
+    highest = max([3 / t] + [float(rows.max()) for _, rows, _ in parts if rows is not None])
+    for i, part in enumerate(parts):
+        add_clues(fig, "AB"[i] * two, *part, 5 + 2 * i, highest, t <= 12 and cell > 14)
+    if scene:
+        labels, shades, texts = scene_rows(scene, segments.seconds)
+        add_heat(fig, np.array(shades), labels, COLORS["quiet"], 5 + 2 * len(parts), 1.,
+                 text=texts, texttemplate="%{text}", textfont_size=10, hoverinfo="skip")
+        fig.add_annotation(text="who truly sounds when (no model sees this)", x=0, xref="x",
+                           y=domains[-1][1], yref="paper", xanchor="left", yanchor="bottom",
+                           showarrow=False, font=dict(size=11, color=COLORS["quiet"]))
+    for i, domain in enumerate(domains, 2):
+        fig.update_layout({f"yaxis{i}": dict(domain=domain, anchor="x", fixedrange=True,
+                                             automargin=False, tickfont_size=11,
+                                             ticks="outside", tickcolor="white", ticklen=4)})
+    for i, one in enumerate(asked):
+        place = ((0., .48), (.52, 1.))[i] if two else (0., 1.)
+        letters = int((place[1] - place[0]) * whole / 7)
+        add_answers(fig, one, "AB"[i] * two, 20 + i, place, answers, letters)
+    return fig
 
 # %% ../nbs/13_visual.ipynb #e6fe44ac
 LOSSES = {"total": ("total", "ink"), "ce": ("answer", "show"), "av": ("visual–audio", "training"),

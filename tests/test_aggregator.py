@@ -10,7 +10,11 @@ from oracles import linear, norm
 
 from mcd_edu.aggregator import Aggregator
 
-VARIANTS = [{}, {"shared": False}, {"ffn_mult": 0}, {"shared": False, "ffn_mult": 0}]
+VARIANTS = [{}, {"sharing": "none"}, {"ffn_mult": 0}, {"sharing": "none", "ffn_mult": 0}]
+MORE = [{"sharing": "levels"}, {"sharing": "modalities", "ffn_mult": 0}, {"parallel": True}, {"top_k": 2},
+        {"top_k": 1, "parallel": True, "ffn_mult": 0}]
+OWN = {"all": lambda level, modality: 0, "levels": lambda level, modality: modality,
+       "modalities": lambda level, modality: level, "none": lambda level, modality: 2 * level + modality}
 
 
 def attend(attn, query, rows):
@@ -22,6 +26,8 @@ def attend(attn, query, rows):
             math.exp(sum(query[i] * row[i] for i in range(start, start + width)) / math.sqrt(width))
             for row in rows
         ]
+        if least := getattr(attn, "top_k", 0):  # the others do not count
+            scores = [score if score in sorted(scores)[-least:] else 0 for score in scores]
         weights.append([score / sum(scores) for score in scores])
         mixed += [
             sum(w * row[attn.embed_dim + i] for w, row in zip(weights[-1], rows))
@@ -32,15 +38,16 @@ def attend(attn, query, rows):
 
 def token_by_loops(aggregator, token, low, high):
     "One token d through both levels (low, high: lists t d); the token and its clues s h t."
-    clues = []
+    clues, came, found = [], token, []
     for level, streams in enumerate((low, high)):
+        token = came if aggregator.parallel else token
         query, hints = norm(aggregator.norms[level], token), []
         for modality, rows in enumerate(streams):
             rows = [
                 [x + e for x, e in zip(row, aggregator.modality[modality].tolist())] for row in rows
             ]
             hint, weights = attend(
-                aggregator.attns[0 if aggregator.shared else 2 * level + modality], query, rows
+                aggregator.attns[OWN[aggregator.sharing](level, modality)], query, rows
             )
             hints += hint
             clues.append(weights)
@@ -52,6 +59,9 @@ def token_by_loops(aggregator, token, low, high):
                 for z in linear(ffn[0], norm(ffn_norm, token))
             ]
             token = [x + y for x, y in zip(token, linear(ffn[3], hidden))]
+        found.append(token)
+    if aggregator.parallel:
+        token = [x + y - z for x, y, z in zip(*found, came)]
     return token, clues
 
 
@@ -71,7 +81,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", VARIANTS + MORE, ids=str)
 def test_question_and_clues_equal_the_loop(options):
     aggregator = Aggregator(6, num_heads=2, **options).double()
     for parameter in aggregator.parameters():
@@ -92,7 +102,7 @@ def test_question_and_clues_equal_the_loop(options):
                 )
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", VARIANTS + MORE, ids=str)
 def test_shapes_and_gradients(options):
     aggregator, (low, high, question) = Aggregator(8, num_heads=2, **options), make()
     keys_values = aggregator.keys_values(low, high)
@@ -182,16 +192,39 @@ def test_streams_are_ordered_low_visual_low_audio_high_visual_high_audio():
 
 def test_sharing_saves_three_attentions():
     sizes = [
-        sum(p.numel() for p in Aggregator(16, shared=shared).parameters())
-        for shared in (True, False)
+        sum(p.numel() for p in Aggregator(16, sharing=sharing).parameters())
+        for sharing in ("all", "levels", "modalities", "none")
     ]
     attn = sum(p.numel() for p in Aggregator(16).attns.parameters())
-    assert sizes[1] - sizes[0] == 3 * attn
+    assert [size - sizes[0] for size in sizes] == [0, attn, attn, 3 * attn]
     names = list(Aggregator(16).state_dict())
     assert len(names) == len({p.data_ptr() for p in Aggregator(16).state_dict().values()}), (
         "no tensor is stored twice"
     )
     assert sum("to_query.weight" in name for name in names) == 1
+
+
+def test_top_k_keeps_the_best_segments_and_all_of_them_is_soft():
+    low, high, question = make()
+    soft, top, whole = (Aggregator(8, top_k=k) for k in (0, 2, 99))
+    for other in top, whole:
+        other.load_state_dict(soft.state_dict())
+    clues = [run(model, low, high, question, need_weights=True) for model in (soft, top, whole)]
+    assert ((clues[1][1] > 0).sum(-1) == 2).all()
+    torch.testing.assert_close(clues[1][1].sum(-1), torch.ones(clues[1][1].shape[:-1]))
+    best = clues[0][1][:, :, :2].topk(2).indices  # of the low level; the high one has another query
+    torch.testing.assert_close(clues[1][1][:, :, :2].topk(2).indices.sort().values, best.sort().values)
+    torch.testing.assert_close(clues[2][0], clues[0][0])
+    assert not torch.allclose(clues[1][0], clues[0][0])
+
+
+def test_parallel_rounds_do_not_hear_each_other():
+    low, high, question = make()
+    after, beside = Aggregator(8), Aggregator(8, parallel=True)
+    beside.load_state_dict(after.state_dict())
+    for model, hears in (after, True), (beside, False):
+        one, other = (run(model, x, high, question, need_weights=True)[1][:, :, 2:] for x in (low, -low))
+        assert torch.allclose(one, other) != hears
 
 
 def test_modality_embedding_shifts_the_hints_and_leaves_the_low_clues():
@@ -241,6 +274,8 @@ AGGREGATOR, (LOW, HIGH, QUESTION) = Aggregator(8), make()
     "wrong, message",
     [
         (lambda: Aggregator(8, num_heads=3), "3 heads"),
+        (lambda: Aggregator(8, sharing="some"), "choose one of all, levels, modalities, none"),
+        (lambda: Aggregator(8, top_k=-1), "top_k=-1"),
         (lambda: run(AGGREGATOR, LOW, HIGH, QUESTION[:, 0]), "expected shape b k l d"),
         (lambda: run(AGGREGATOR, LOW, HIGH, QUESTION[..., :7]), "d = 8"),
         (

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import linear, norm
 
-from mcd_edu.association import Association, AssociationBlock, AssociationStream
+from mcd_edu.association import Association, AssociationBlock, AssociationStream, TopAttention, keep_top
 
 VARIANTS = [
     {},
@@ -19,6 +19,8 @@ VARIANTS = [
     {"cross": "none"},
     {"cross": "to_visual", "self_attention": False},
     {"residual": False, "cross": "none"},
+    {"attention": "hard"},
+    {"attention": "hard", "self_attention": False},
 ]
 
 
@@ -31,6 +33,8 @@ def attend(attn, query, rows):
             math.exp(sum(query[i] * row[i] for i in range(start, start + width)) / math.sqrt(width))
             for row in rows
         ]
+        if isinstance(attn, TopAttention):  # only the best one counts
+            scores = [float(score == max(scores)) for score in scores]
         mixed += [
             sum(score * row[attn.embed_dim + i] for score, row in zip(scores, rows)) / sum(scores)
             for i in range(start, start + width)
@@ -128,6 +132,30 @@ def test_without_residual_the_features_enter_through_attention_only():
     torch.testing.assert_close(out, out[:1, :1].expand_as(out))  # nothing of the clip is left
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-3, 3, width=16), min_size=1, max_size=6, unique=True), st.integers(1, 8), st.booleans())
+def test_keep_top(logits, top_k, hard):
+    weights = torch.tensor([logits, [0.0] * len(logits)]).softmax(-1) * torch.tensor([[1.0], [0.0]])
+    kept, number = keep_top(weights, top_k, hard), min(top_k, len(logits))
+    assert (kept[0] > 0).sum() == number and not kept[1].any()
+    assert set(kept[0].topk(number).indices.tolist()) == set(weights[0].topk(number).indices.tolist())
+    torch.testing.assert_close(kept.sum(-1), torch.tensor([1.0, 0.0]))
+    if hard:
+        torch.testing.assert_close(kept[0][kept[0] > 0], torch.full((number,), 1 / number))
+    elif number == len(logits):
+        torch.testing.assert_close(kept, weights)
+
+
+def test_the_gradient_goes_straight_through_a_hard_choice():
+    logits = torch.tensor([0.1, 2.0, -1.0], requires_grad=True)
+    value = torch.tensor([1.0, -2.0, 3.0])
+    (keep_top(logits.softmax(-1), 1, hard=True) @ value).backward()
+    found, logits.grad = logits.grad, None
+    (logits.softmax(-1) @ value).backward()
+    torch.testing.assert_close(found, logits.grad)
+    assert found.abs().min() > 0
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 9))
 def test_padding_and_company_change_nothing(lengths, seed):
@@ -204,6 +232,8 @@ def test_dropout_acts_in_training_only():
             "nothing",
         ),
         (lambda: AssociationBlock(8, num_heads=3), "3 heads"),
+        (lambda: AssociationBlock(8, attention="sharp"), "'sharp'; choose one of soft, hard"),
+        (lambda: TopAttention(8, top_k=0), "top_k=0"),
         (lambda: Association(8, num_blocks=-1), "num_blocks=-1"),
         (lambda: AssociationBlock(8)(torch.randn(2, 5, 8), torch.randn(2, 4, 8)), "differ"),
         (lambda: AssociationBlock(8)(torch.randn(2, 5, 7), torch.randn(2, 5, 7)), "d = 8"),

@@ -23,6 +23,7 @@ def load(name: str):
 
 
 bench = load("model")
+epochs = load("epochs")
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +133,34 @@ def test_the_shipped_report_is_of_this_benchmark():
     assert not shipped["quick"] and {row["part"] for row in shipped["rows"]} >= {"settings", "segments", "width"}
     assert {(row["segments"], row["questions"]) for row in shipped["rows"] if row["part"] == "settings"} >= {
         (t, k) for t in (10, 60) for k in (1, 5, 20)}
+
+
+# A whole training ------------------------------------------------------------------------------
+
+def test_a_whole_training_is_timed_and_bounded(tmp_path):
+    epochs.main(["--quick", "--silent", "--device", "cpu", "--precision", "bfloat16", "--out", str(tmp_path / "epochs.json")])
+    found = json.loads((tmp_path / "epochs.json").read_text(encoding="utf-8"))
+    size, floors = found["size"], found["floor_of_an_epoch"]
+    assert found["met"] is None and found["precision"] == "bfloat16" and found["resident"] and found["processes"] == 1
+    assert len(found["epoch_seconds"]) == size["epochs"] and found["seconds"] == pytest.approx(sum(found["epoch_seconds"]))
+    assert found["share"] == pytest.approx(floors["operations"] * size["epochs"] / found["seconds"] / found["matrix_rate"])
+    assert all(0 < floors[name] < 60 for name in ("matrix_products", "optimizer", "layout_of_batches")) and floors["steps"] == 3
+
+
+def test_the_made_up_dataset_has_the_shapes_of_the_real_one():
+    full = epochs.Size()
+    assert (full.videos, full.questions, full.segments, full.width, full.epochs) == (9288, 31_927, 60, 512, 30)
+    data = epochs.MadeUp(replace(epochs.TOY, videos=7, questions=30))
+    assert len(data) == 30 and data.visual.shape == (7, 6, 16) and set(data.video.tolist()) == set(range(7))
+    batches = list(data.batches(3, 16, seed=1))
+    assert sorted(x for b in batches for x in b.question_ids[b.question_mask].tolist()) == list(range(30))
+
+
+def test_the_operations_of_an_epoch_are_those_of_its_batches():
+    """All batches counted, and two of three scaled up: the same within what questions differ."""
+    data = epochs.MadeUp(epochs.TOY)
+    team = epochs.Team(torch.device("cpu"))
+    feed, config = epochs.Feed(data, team), epochs.TrainingConfig(num_videos=8)
+    step = epochs.Step(epochs.build(epochs.model_config(epochs.TOY)), team)
+    few, every = (epochs.epoch_operations(step, feed, config, batches) for batches in (2, 99))
+    assert few == pytest.approx(every, rel=.2) and every > 0

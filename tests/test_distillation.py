@@ -356,6 +356,12 @@ def test_edges_are_separate(case):
     assert all(p.grad.abs().sum() > 0 for p in approximation.to_visual.parameters())
 
 
+@pytest.mark.parametrize("edges, kept", [("visual", "qv"), ("audio", "qa")])
+def test_one_edge_is_that_of_both(case, edges, kept):
+    both, one = block(), block(edges=edges)
+    assert one(**case) == {kept: both(**case)[kept]}
+
+
 def test_the_target_of_kl_gets_no_gradient():
     media, question = sphere(b, s).requires_grad_(), sphere(b, 1, s)
     approximation_loss(question, media, torch.arange(b), kind="kl").backward()

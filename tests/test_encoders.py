@@ -1,6 +1,7 @@
 """The encoders: spectrogram and thirds against loops, what they keep, and what they refuse."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,10 +281,10 @@ def test_load_says_what_is_wrong(encoders, tmp_path):
 def test_a_failed_save_leaves_what_was_there(encoders, tmp_path, monkeypatch):
     save_encoders(tmp_path, *encoders[:2])
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    def fail(tensors, path):
-        path.write_bytes(b"half")
+    def fail(path, data):
+        with path.open("wb") as file: file.write(data[:100])
         raise OSError("disk full")
-    monkeypatch.setattr("mcd_edu.encoders.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError):
         save_encoders(tmp_path, *encoders[:2])
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -11,6 +11,7 @@ from mcd_edu.data import DataError
 from mcd_edu.datasets import DATASETS, load_splits
 from mcd_edu.evaluation import ROWS, averages, compare, predict, score
 from mcd_edu.experiments import (
+    ABLATIONS,
     VARIANTS,
     Result,
     Run,
@@ -20,18 +21,27 @@ from mcd_edu.experiments import (
     by_title,
     cost,
     cost_table,
+    encoders_of,
+    find_variant,
     folder_of,
     gains,
+    hold_back,
     learning_curve,
     load_results,
     make_features,
     missing_runs,
     overview_table,
+    pack,
     question_digest,
+    read_splits,
+    read_truth,
     run_grid,
     run_one,
     score_datasets,
+    search_table,
     summary,
+    try_one,
+    unpack,
 )
 from mcd_edu.models import MODELS, config_for
 from mcd_edu.samples import action_set
@@ -103,6 +113,10 @@ def test_names_of_files_and_rows():
     (dict(dataset="msvd"), "choose one of music_avqa, avqa, msvd_qa, msrvtt_qa"),
     (dict(variant="audio only", dataset="msvd_qa"), "for music_avqa, avqa"),
     (dict(variant="motion only", dataset="avqa"), "for msvd_qa, msrvtt_qa"),
+    (dict(variant="no text objects", dataset="avqa"), "for music_avqa"),
+    (dict(variant="predicted types only", types=True), "leave out types"),
+    (dict(aside=1.), "aside=1.0"), (dict(aside=-.1), "below 1"), (dict(per_video=-1), "at least one question"),
+    (dict(options={"embed_dim": 8}), "a name of letters"), (dict(label="../x"), "label '../x'"),
 ])
 def test_runs_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -118,7 +132,7 @@ def test_every_variant_runs(go, data, variant):
     assert record["training"] == asdict(TrainingConfig(epochs=2, num_videos=4))
     assert record["model"].items() >= VARIANTS[variant].options.items()
     assert len(record["history"]) == 2 and record["train_questions"] == 12
-    assert all(len(record["predicted"][name]) == 20 for name in ("test", "shuffled"))
+    assert all(len(unpack(record["predicted"][name])) == 20 for name in ("test", "shuffled"))
     assert record["timed_epochs"] == 2 and record["answers_per_second"] > 0 and record["parameters"] > 0
 
 
@@ -126,8 +140,8 @@ def test_the_file_holds_what_the_checkpoint_says(go, data, tmp_path):
     run, file = go("MCD", types=True)
     model, *_ = load_checkpoint(tmp_path / "work" / run.name)
     test, record = load_splits(data, types=True)["test"], json.loads(file.read_text())
-    assert record["predicted"]["test"] == predict(model, test).predicted.tolist()
-    assert record["predicted"]["shuffled"] == predict(model, test, shuffle_videos=True).predicted.tolist()
+    assert (unpack(record["predicted"]["test"]) == predict(model, test).predicted).all()
+    assert (unpack(record["predicted"]["shuffled"]) == predict(model, test, shuffle_videos=True).predicted).all()
 
 
 def test_what_is_there_is_kept(go, monkeypatch):
@@ -536,3 +550,123 @@ def test_a_learning_curve_has_a_point_for_each_number_of_clips():
     assert points[1]["score"] == wanted
     with pytest.raises(ValueError, match="no runs of 'MCD' with types=True"):
         learning_curve(results, types=True)
+
+
+# Ablations, questions set aside, a search ---------------------------------------------------------
+
+def test_every_ablation_is_a_model_of_its_own_and_its_files_have_names_of_their_own(data):
+    train = load_splits(data)["train"]
+    configs = {}
+    for name in ABLATIONS:
+        variant = find_variant(name)
+        assert variant.options or variant.shows or variant.training, name
+        configs[name] = (json.dumps(variant.options, sort_keys=True), str(variant.shows), str(variant.training))
+        config_for("mcd", train, **variant.options)      # not refused
+    assert len(set(configs.values())) == len(ABLATIONS) and not set(ABLATIONS) & set(VARIANTS)
+    runs = [Run(name, dataset=find_variant(name).datasets[0]) for name in VARIANTS | ABLATIONS]
+    assert len({run.name for run in runs}) == len(runs)
+    with pytest.raises(ValueError, match="choose one of MCD"):
+        find_variant("MCD2")
+
+
+def test_names_of_runs_with_more_settings():
+    run = Run("no L_av", 1, 600, aside=.125, per_video=4, label="wide one", options={"embed_dim": 8})
+    assert run.name == "no_L_av-wide_one-clips600-aside12_5-per4-seed1"
+    assert run.title == "no L_av, wide one, 600 clips, 12.5 % aside, 4 questions a video"
+    assert Run("repeated videos").config == TrainingConfig(num_videos=128, num_questions=2)
+    assert Run("repeated videos", training={"num_videos": 4}).config.num_videos == 4
+    assert encoders_of(Run("pixels + spectrum, late")) == ["pixels", "spectrum"] and encoders_of(Run("MCD")) == []
+
+
+@pytest.mark.parametrize("name, keywords, kinds", [
+    ("no text objects", False, 0), ("types only, oracle", False, 1), ("predicted types only", False, 1),
+    ("keywords and types, oracle", True, 1), ("keywords and predicted types", True, 1), ("MCD", True, 0)])
+def test_what_a_variant_is_shown(data, name, keywords, kinds):
+    test = read_splits(Run(name), data)["test"]
+    words = test.vocabulary.words
+    for q, row in zip(test.questions, test.objects.tolist()):
+        seen = {words[i] for i in row if i}
+        known = {v.lower() for v in q.values} & set(words)
+        assert seen >= known or not keywords
+        if not keywords and not kinds:
+            assert not seen
+        assert any(w in seen for w in ("audio", "visual")) == bool(kinds)
+    assert (test.types == load_splits(data)["test"].types).all()
+
+
+def test_questions_are_set_aside_in_every_video_and_by_nothing_but_their_ids(data):
+    train = load_splits(data)["train"]
+    kept, aside = hold_back(train, .25)
+    assert sorted([*kept, *aside]) == list(range(len(train)))
+    assert np.bincount(train.video[aside]).tolist() == [1] * 6
+    few, same = hold_back(train, .25, per_video=2)
+    assert (same == aside).all() and set(few) <= set(kept) and np.bincount(train.video[few]).tolist() == [2] * 6
+    splits, fewer = (read_splits(Run("MCD", clips=clips, aside=.25), data) for clips in (None, 3))
+    ids = set(splits["seen"].question_ids.tolist())
+    assert not ids & set(splits["train"].question_ids.tolist()) and set(fewer["seen"].question_ids.tolist()) < ids
+    assert set(splits["seen"].video.tolist()) == set(splits["train"].video.tolist())
+    assert "seen" not in read_splits(Run("MCD", per_video=1), data)
+    with pytest.raises(DataError, match="0 set aside"):
+        hold_back(train, .01)
+
+
+@pytest.mark.parametrize("numbers, kind", [
+    ([], "u1"), ([0, 255], "u1"), ([256], "u2"), ([70_000, 1], "u4"), ([True, False], "u1")])
+def test_packed_columns_come_back(numbers, kind):
+    packed = pack(numbers)
+    assert packed.startswith(kind + ":") and unpack(packed).tolist() == [int(x) for x in numbers]
+    assert unpack([int(x) for x in numbers]).tolist() == [int(x) for x in numbers]
+
+
+@pytest.mark.parametrize("broken", ["", "u3:abc", "u1:%%%", "u1:aGVsbG8=", "u2:" + pack([1]).partition(":")[2], None, 7])
+def test_broken_columns_are_refused(broken):
+    with pytest.raises(ValueError):
+        unpack(broken)
+
+
+def test_what_is_measured_is_what_the_model_does(go, data):
+    run, file = go("late gate, matched", aside=.25)
+    record = json.loads(file.read_text())
+    parts, measured = record["measured"]["parts"], record["measured"]
+    assert set(parts) == {"train", "test", "seen"} and set(measured) == {"parts", "disturbed", "diversity", "pointing"}
+    model, *_ = load_checkpoint(file.parent.parent / "work" / run.name)
+    for name, part in read_splits(run, data).items():
+        if name == "val":
+            continue
+        said = predict(model, part)
+        assert parts[name]["accuracy"] == said.right.mean() and parts[name]["questions"] == len(part)
+        assert unpack(parts[name]["right"]).tolist() == said.right.tolist()
+        assert 0 < parts[name]["loss"] and 0 <= parts[name]["calibration_error"] <= 1
+    assert set(measured["disturbed"]) == {f"{s}, {n}" for s in ("visual", "audio") for n in ("noise", "missing")}
+    assert file.stat().st_size < 10_000 and load_results(file.parent, data)[0].record["measured"] == measured
+    truth = read_truth(data)
+    assert set(truth) == set(load_splits(data)["test"].videos)
+    assert measured["pointing"]["words, sound"]["all"][0] > 0
+
+
+def test_truth_that_is_broken_or_not_there(data, tmp_path):
+    assert read_truth(tmp_path) == {}
+    (tmp_path / "truth").mkdir()
+    (tmp_path / "truth" / "test.json").write_text('[{"video_id": "a"}]')
+    with pytest.raises(DataError, match="make the samples again"):
+        read_truth(tmp_path)
+
+
+def test_a_search_sees_val_and_not_test(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "predict", lambda *args, **options: pytest.fail("test was asked"))
+    for label, options in ("wide", {"ffn_mult": 3}), ("narrow", {"ffn_mult": 1}):
+        for seed in 0, 1:
+            run = Run("MCD", seed, label=label, options=options, training=BRIEF)
+            file = try_one(run, data, tmp_path / "search", tmp_path / "work", False)
+    record = json.loads(file.read_text())
+    assert record["model"]["ffn_mult"] == 1 and "predicted" not in record and "measured" not in record
+    lines = search_table(tmp_path / "search").splitlines()
+    assert len(lines) == 4 and {line.split(" | ")[0] for line in lines[2:]} == {"| MCD, wide", "| MCD, narrow"}
+    values = [float(line.split(" | ")[2]) for line in lines[2:]]
+    assert values == sorted(values, reverse=True)
+    before = file.stat().st_mtime_ns
+    assert try_one(run, data, tmp_path / "search", tmp_path / "work", False) == file and file.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="run a search first"):
+        search_table(tmp_path)
+    with pytest.raises(DataError, match="not a result file"):
+        run_one(run, data, tmp_path / "search", tmp_path / "work", False)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcd_edu.fusion import LocalElementFusion, ObjectGate
+from mcd_edu.fusion import LocalElementFusion, NoFusion, ObjectGate
 
 b, k, t, l, m, d = 2, 3, 5, 4, 3, 8
 
@@ -147,6 +147,15 @@ def test_no_masks_are_full_masks(case):
 def test_without_objects_only_the_norm_is_left(case, objects, objects_mask):
     fused = run(case, objects=objects, objects_mask=objects_mask)
     torch.testing.assert_close(fused, case["fusion"].question_norm(case["question"]))
+
+
+def test_no_fusion_is_the_norm_alone():
+    nothing, question = NoFusion(8), torch.randn(2, 3, 4, 8)
+    torch.nn.init.normal_(nothing.question_norm.weight)
+    keys_values = nothing.keys_values((None, None), (None, None))
+    written, weights = nothing(question, torch.randn(2, 3, 5, 8), keys_values, None, None, True)
+    torch.testing.assert_close(written, nothing.question_norm(question))
+    assert weights is None and keys_values == ()
 
 
 def test_the_two_additions_can_be_switched_off():

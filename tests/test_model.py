@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import gelu, pad
 
 from mcd_edu.model import (
+    HEADS,
     MCD,
     Answer,
     MCDConfig,
@@ -328,6 +329,138 @@ def test_modalities(case, modalities, looks, listens):
     for name, used in ("visual", looks), ("audio", listens):
         after = run(model, case, **{name: case[name] + torch.randn_like(case[name])}).logits
         assert torch.equal(after, before) != used, name
+
+
+# ---- variants: each changes what is computed, and nothing else
+
+ANSWERS_CHANGE = [  # options that change what is said
+    {"residual": False}, {"attention": "hard"}, {"association": "self"}, {"association": "cross"},
+    {"association": "to_visual"}, {"association": "to_audio"}, {"num_blocks": 0}, {"num_blocks": 1},
+    {"num_blocks": 3}, {"levels": "low"}, {"levels": "high"}, {"levels": "parallel"},
+    {"sharing": "levels"}, {"sharing": "modalities"}, {"sharing": "none"}, {"top_k": 1},
+    {"element_fusion": False}, {"gated_objects": False}, {"ordered_objects": False},
+    {"head": "late_fusion"}, {"head": "late_add"}, {"head": "late_gate"}, {"matched_head": True},
+    {"modalities": "visual"}, {"modalities": "audio"}, {"modalities": "none"}]
+LOSSES_CHANGE = [  # options that change only what is learned from, and the losses that change
+    ({"kd_kind": "kl"}, {"qv", "qa"}), ({"kd_kind": "mse"}, {"qv", "qa"}),
+    ({"kd_level": "high"}, {"qv", "qa"}), ({"kd_edges": "visual"}, set()),
+    ({"kd_edges": "audio"}, set()), ({"weight_av": 0.0}, set()), ({"weight_kd": 0.0}, set()),
+    ({"mask_same_video": False}, {"av", "qv", "qa"})]
+
+
+def twin(model, **changes):
+    "The variant with all weights of the model that it has a place for."
+    other = build(1, **changes)
+    mine = other.state_dict()
+    other.load_state_dict({**mine, **{name: x for name, x in model.state_dict().items()
+                                      if name in mine and mine[name].shape == x.shape}})
+    return other
+
+
+def lose(model, case, copies=False):
+    "All losses; `copies`: the videos of the batch count as one."
+    state = model.encode_video(case["visual"], case["audio"], case["mask"])
+    answer = model.answer(state, case["tokens"], case["objects"])
+    return mcd_losses(model, state, answer, torch.ones(b, k, dtype=torch.long),
+                      video_ids=torch.tensor([7, 7 if copies else 8]))
+
+
+@pytest.mark.parametrize("changes", ANSWERS_CHANGE, ids=str)
+def test_a_variant_changes_the_answers(case, changes):
+    model = build()
+    other = twin(model, **changes)
+    one, two = run(model, case, need_clues=True), run(other, case, need_clues=True)
+    assert one.logits.shape == two.logits.shape and two.logits.isfinite().all()
+    assert not torch.allclose(one.logits, two.logits, atol=1e-4)
+    assert one.clues.shape == two.clues.shape
+    alone = run(other, {name: x[:1] for name, x in case.items()})
+    close(alone.logits, two.logits[:1])
+    close(run(other, case).logits, two.logits)  # with clues or without
+
+
+@pytest.mark.parametrize("changes, parts", LOSSES_CHANGE, ids=str)
+def test_a_variant_changes_the_losses(case, changes, parts):
+    model = build()
+    other, copies = twin(model, **changes), "mask_same_video" in changes
+    one, two = (lose(x, case, copies) for x in (model, other))
+    assert torch.equal(run(model, case).logits, run(other, case).logits)
+    assert {name for name in two if name != "total" and one[name] != two[name]} == parts
+    assert one["total"] != two["total"]
+    for edges, gone in ("visual", "qa"), ("audio", "qv"):
+        assert (gone in two) == (changes.get("kd_edges") != edges)
+
+
+def test_stop_gradient_keeps_the_distillation_from_the_features():
+    "The numbers are the same; what is projected learns nothing from them."
+    grads = []
+    for stop in False, True:
+        model = build(kd_stop_gradient=stop)
+        low = [torch.randn(b, t, 8, requires_grad=True) for _ in "va"]
+        sum(model.distillation(*low, torch.randn(b, k, 8)).values()).backward()
+        grads.append([x.grad for x in low])
+    assert all(x.abs().sum() > 0 for x in grads[0]) and grads[1] == [None, None]
+
+
+@pytest.mark.parametrize("changes", [c for c in ANSWERS_CHANGE if c.get("modalities") is None]
+                         + [c for c, _ in LOSSES_CHANGE], ids=str)
+def test_what_a_variant_has_learns(case, changes):
+    model = build(**changes)
+    lose(model, case)["total"].backward()
+    idle = {"kd_edges": {"visual": "distillation.to_audio", "audio": "distillation.to_visual"},
+            "weight_kd": {0.0: "distillation"}, "element_fusion": {False: "project_objects"}}
+    allowed = tuple(idle[name].get(value, "-") for name, value in changes.items() if name in idle)
+    for name, p in model.named_parameters():
+        learns = p.grad is not None and bool(p.grad.any())
+        assert learns != name.startswith(allowed or "-"), name
+
+
+def test_heads_can_be_matched():
+    def size(**changes):
+        return sum(p.numel() for p in MCD(MCDConfig(400, **changes)).parameters())
+    largest = size(head="late_fusion")
+    for head in HEADS:
+        assert abs(size(head=head, matched_head=True) / largest - 1) < 1e-3, head
+    assert size(head="late_fusion", matched_head=True) == largest
+    assert largest / size() - 1 > 0.02  # this is why
+    assert size(levels="low") == size(levels="high") == size(levels="parallel") == size()
+    assert size(attention="hard") == size(residual=False) == size(top_k=2) == size()
+    assert len({size(association=name) for name in ("self", "cross")}) == 1
+
+
+def test_late_heads_by_hand(case):
+    question = torch.randn(b, k, 8)
+    state = build().encode_video(case["visual"], case["audio"], case["mask"])
+    video = torch.stack([torch.cat([x[i][case["mask"][i]].mean(0) for x in state.high]) for i in range(b)])
+    for kind, by_hand in {"late_add": lambda head, q, v: q + head.fuse(v),
+                          "late_gate": lambda head, q, v: q * head.fuse(v.tanh()),
+                          "late_fusion": lambda head, q, v: head.fuse(torch.cat([q, v], -1))}.items():
+        head = PredictionHead(replace(CONFIG, head=kind)).eval()
+        each = torch.stack([torch.stack([head.mlp(by_hand(head, question[i, j], video[i]))
+                                         for j in range(k)]) for i in range(b)])
+        close(head(question, state), each)
+
+
+def test_without_text_objects_there_is_no_local_element_fusion(case):
+    model = build()
+    empty = run(model, case, objects=torch.zeros_like(case["objects"]))
+    close(run(twin(model, element_fusion=False), case).logits, empty.logits)
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"num_blocks": 0, "residual": False}, "residual=False changes nothing with num_blocks=0"),
+    ({"num_blocks": 0, "attention": "hard"}, "attention"), ({"num_blocks": 0, "association": "self"}, "association"),
+    ({"weight_kd": 0, "kd_kind": "kl"}, "kd_kind='kl' changes nothing with weight_kd=0"),
+    ({"weight_kd": 0.0, "kd_edges": "audio"}, "kd_edges"), ({"weight_kd": 0, "kd_level": "high"}, "kd_level"),
+    ({"weight_kd": 0, "kd_stop_gradient": True}, "kd_stop_gradient"),
+    ({"element_fusion": False, "gated_objects": False}, "gated_objects"),
+    ({"association": "neither"}, "both, self, cross, to_visual, to_audio"),
+    ({"levels": "middle"}, "low_high, low, high, parallel"),
+    ({"attention": "mild"}, "soft, hard"), ({"sharing": "some"}, "all, levels, modalities, none"),
+    ({"kd_kind": "dot"}, "nce, kl, mse"), ({"kd_edges": "va"}, "both, visual, audio"), ({"kd_level": "deep"}, "low, high")])
+def test_impossible_variants_are_refused(changes, match):
+    with pytest.raises(ValueError, match=match) as error:
+        replace(CONFIG, **changes)
+    assert "\n" not in str(error.value)
 
 
 # ---- learning

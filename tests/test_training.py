@@ -14,24 +14,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcd_edu.baselines.knowledge_distillation import TeacherCache
 from mcd_edu.data import DataError
 from mcd_edu.datasets import load_splits
+from mcd_edu.devices import Feed, Team
 from mcd_edu.model import MCD, MCDConfig, mcd_losses
 from mcd_edu.models import config_for
 from mcd_edu.samples.scenes import Scene
 from mcd_edu.training import (
     CheckpointError,
+    Guard,
     Progress,
+    Step,
     TrainingConfig,
     accuracy,
     dataset_digest,
     digest,
     flatten_optimizer,
     keywords,
+    learn,
     learning_rate,
     load_checkpoint,
     make_optimizer,
@@ -156,7 +162,8 @@ def test_learning_rate_is_the_formula(steps, warmup, top):
 
 @pytest.mark.parametrize("wrong", [dict(epochs=0), dict(learning_rate=0), dict(warmup=1.5),
                                    dict(learning_rate=float("nan")), dict(num_videos=0),
-                                   dict(num_questions=-1), dict(clip_norm=0), dict(seed=-1)])
+                                   dict(num_questions=-1), dict(clip_norm=0), dict(seed=-1),
+                                   dict(precision="half")])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=f"TrainingConfig: {next(iter(wrong))}="):
         TrainingConfig(**wrong)
@@ -327,7 +334,7 @@ def test_stopped_inside_an_epoch_and_resumed(splits, finished, tmp_path, monkeyp
         if stage == "checkpoint":
             patch.setattr(Progress, "save", fails(Progress.save, 2))
         elif stage == "progress":
-            patch.setattr(training, "save_file", fails(save_file, 3))
+            patch.setattr(training, "write_tensors", fails(training.write_tensors, 3))
         else:
             patch.setattr(MCD, "losses", fails(MCD.losses, 5))
         go()
@@ -348,14 +355,14 @@ config = MCDConfig(len(data.vocabulary), visual_dim=data.visual.shape[-1],
                    audio_dim=data.audio.shape[-1], embed_dim=16, num_heads=2, num_blocks=1,
                    shared_dim=8)
 def kill(*args): os.kill(os.getpid(), signal.SIGKILL)
-real, count = training.save_file, []
-def save_then_die(tensors, path, notes=None):
-    real(tensors, path, notes)
-    count.append(path.name)
-    if len(count) == int(sys.argv[3]):
-        path.write_bytes(path.read_bytes()[:1000])     # half a draft, and no time to tidy up
+real, count = os.replace, []
+def die_before(draft, path):
+    count.append(path.suffix == ".safetensors")
+    if sum(count) == int(sys.argv[3]):
+        draft.write_bytes(draft.read_bytes()[:1000])   # half a draft, and no time to tidy up
         kill()
-training.save_file = save_then_die
+    real(draft, path)
+os.replace = die_before
 training.train(config, data, splits["val"], sys.argv[2], training.TrainingConfig(
     epochs=4, num_videos=4, learning_rate=3e-3))
 """
@@ -515,6 +522,156 @@ def test_a_checkpoint_is_numbers_and_text(splits, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["about"] == {"note": "naïve"}
     loaded, *_ = load_checkpoint(tmp_path)
     assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+# Speed that changes nothing --------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def prepared(data, model=None, precision="float32", compile=None, every=None):
+    """All that `learn` needs: step, optimiser, the shares of an epoch, guard."""
+    model, feed = (model or MCD(tiny(data))).train(), Feed(data, Team(CPU))
+    shares = [feed.share(batch) for batch in feed.batches(4, 16, 0)]
+    return (Step(model, feed.team, precision, compile), make_optimizer(model, CONFIG), shares,
+            Guard(CONFIG, 7, CPU, every))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the processor wait for a GPU: numbers read, sizes that depend on values."""
+    ASKING = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if by_mask or name in self.ASKING:
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_never_waits_for_the_device(splits, precision):
+    step, optimizer, shares, guard = prepared(splits["train"], precision=precision, every=50)
+    with Waits() as waits:
+        for share in shares:
+            learn(step, optimizer, share, guard)
+    assert waits.found == []
+    with Waits() as waits:
+        guard.look()
+    assert waits.found == ["_local_scalar_dense"]
+
+
+def test_what_waits_is_noticed():
+    x = torch.arange(4.)
+    for ask_for in (lambda: bool(x.sum() > 1), lambda: x.sum().item(), lambda: x[x > 1], lambda: (x > 1).nonzero(),
+                    lambda: int(x.max()), lambda: x.masked_select(x > 1), lambda: x.index_put((x > 2,), x[0])):
+        with Waits() as waits:
+            ask_for()
+        assert waits.found
+
+
+@pytest.mark.parametrize("every, told", [(1, 1), (2, 1), (3, 2), (50, None)])
+def test_a_bad_step_is_skipped_and_told_at_the_next_look(folder, every, told):
+    """Batch 1 is bad: the weights stay those after batch 0, whenever somebody looks."""
+    data = load_splits(folder)["train"]
+    step, optimizer, shares, guard = prepared(data, every=every)
+    learn(step, optimizer, shares[0], guard)
+    before = {name: tensor.clone() for name, tensor in step.state_dict().items()}
+    shares[1].own.visual[0, 0, 0] = float("inf")
+    tried = []
+    with pytest.raises(ValueError, match="epoch 7, batch 1: loss or gradient is not finite.*gradient (inf|nan)"):
+        for share in shares[1:]:
+            tried.append(share)
+            learn(step, optimizer, share, guard)
+        tried.clear()
+        guard.look()
+    assert len(tried) == (told or 0)
+    assert all(torch.equal(tensor, step.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_looking_seldom_changes_no_weight(splits):
+    models = [MCD(tiny(splits["train"])) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, every in zip(models, (1, 50)):
+        step, optimizer, shares, guard = prepared(splits["train"], model, every=every)
+        torch.manual_seed(0)
+        for share in shares:
+            learn(step, optimizer, share, guard)
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_half_precision_is_in_the_products_and_not_in_the_losses(splits, monkeypatch):
+    seen, products, losses = [], [], MCD.losses
+
+    def watch(self, state, answer, *args):
+        seen.extend([state.low[0].dtype, state.high[1].dtype, answer.logits.dtype, answer.question.dtype])
+        assert not torch.is_autocast_enabled("cpu")
+        return losses(self, state, answer, *args)
+
+    monkeypatch.setattr(MCD, "losses", watch)
+    model, totals = MCD(tiny(splits["train"], dropout=0.)), {}
+    model.project_question.register_forward_hook(lambda layer, args, out: products.append(out.dtype))
+    for precision in ("float32", "bfloat16"):
+        step, _, shares, _ = prepared(splits["train"], model, precision)
+        totals[precision] = {name: loss.detach() for name, loss in step(shares[0]).items()}
+    assert products == [torch.float32, torch.bfloat16] and set(seen) == {torch.float32}
+    for name, loss in totals["float32"].items():
+        assert totals["bfloat16"][name].dtype == torch.float32
+        assert float(totals["bfloat16"][name]) == pytest.approx(float(loss), rel=.05, abs=.05)
+    assert float(totals["bfloat16"]["total"]) != float(totals["float32"]["total"])
+
+
+def test_half_precision_learns_as_well_and_is_another_training(splits, finished, tmp_path):
+    half = replace(CONFIG, precision="bfloat16")
+    history = train(tiny(splits["train"]), splits["train"], val=splits["val"], folder=tmp_path, config=half)
+    assert load_checkpoint(tmp_path)[2]["training"]["precision"] == "bfloat16"
+    assert history[-1]["ce"] == pytest.approx(finished[1][-1]["ce"], abs=.1)
+    with pytest.raises(CheckpointError, match="training.precision: bfloat16 there, float32 here"):
+        train(tiny(splits["train"]), splits["train"], val=splits["val"], folder=tmp_path, config=CONFIG)
+
+
+def test_a_compiled_step_is_the_plain_one(splits):
+    """Through torch.compile, without a C++ compiler: each door is one graph, and the gradients are the same."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model, found = MCD(tiny(splits["train"], dropout=0.)), []
+    for backend in (None, "aot_eager"):
+        step, _, shares, _ = prepared(splits["train"], model, compile=backend)
+        model.zero_grad()
+        losses = step(shares[0])
+        losses["total"].backward()
+        found.append(({name: loss.detach() for name, loss in losses.items()},
+                      {name: p.grad.clone() for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    torch.compiler.reset()
+
+
+def test_train_compiles_both_doors_when_asked(splits, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda door, backend: asked.append((door.__name__, backend)) or door)
+    train(tiny(splits["train"]), splits["train"], splits["val"], tmp_path, replace(CONFIG, epochs=1), compile="inductor")
+    assert asked == [("encode_video", "inductor"), ("answer", "inductor")]
+
+
+def test_a_bookmark_of_an_early_version_is_read(splits, finished, tmp_path):
+    """One that does not name the precision: it was float32."""
+    path = copy_of(finished, tmp_path) / "resume.safetensors"
+    with safe_open(path, "pt") as file:
+        notes, tensors = json.loads(file.metadata()["progress"]), {key: file.get_tensor(key) for key in file.keys()}
+    assert notes["settings"]["training"].pop("precision") == "float32"
+    save_file(tensors, path, {"progress": json.dumps(notes)})
+    go = partial(train, tiny(splits["train"]), splits["train"], val=splits["val"], folder=tmp_path)
+    assert go(config=CONFIG) == finished[1]
+    with pytest.raises(CheckpointError, match="training.precision: float32 there, bfloat16 here"):
+        go(config=replace(CONFIG, precision="bfloat16"))
 
 
 # Digests and devices ---------------------------------------------------------------------------

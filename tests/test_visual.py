@@ -3,11 +3,14 @@
 import base64
 import io
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,16 +24,23 @@ from mcd_edu.visual import (
     COLORS,
     MODEL_COLORS,
     TYPES,
+    Asked,
+    Look,
+    clue_rows,
     compare_clues,
     envelope,
     escape,
     frame_strip,
+    plot_board,
     plot_clues,
     plot_history,
     plot_scene,
     plot_timeline,
     plot_types,
+    scene_rows,
     spectrogram,
+    stacked,
+    wrapped,
 )
 
 EVIL = ["<b>bold</b>", "<a href='https://example.org'>link</a>", "<img src=x onerror=alert(1)>",
@@ -74,7 +84,20 @@ def history(*vals):
 
 table = {name: 50. for name in (*TYPES, "micro (all questions)")}
 
+def asked(text="Is there a violin?", streams=4, heads=2, words=3, objects=1, t=4, **changes):
+    """A question with made-up attention: each look of a word sums to 1, as the two of an object."""
+    generator = torch.Generator().manual_seed(0)
+    def look(shape): return 3 * torch.randn(*shape, t, generator=generator)
+    clues = look((streams, heads, words)).softmax(-1)
+    jointly = look((2, 2, heads, objects)).permute(1, 2, 3, 0, 4).flatten(3).softmax(-1)
+    jointly = jointly.unflatten(3, (2, t)).permute(3, 0, 1, 2, 4).flatten(0, 1)      # s h m t
+    names = tuple(f"word{i}" for i in range(words)), tuple(f"thing{i}" for i in range(objects))
+    return replace(Asked("MCD", reply(text, t=t), *names, clues, jointly), **changes)
+
+
 FIGURES = {
+    "board": lambda: plot_board(segments(), [asked(), asked("Why?")], scene=scene(player())),
+    "board alone": lambda: plot_board(segments(), [asked()]),
     "scene": lambda: plot_scene(scene(player(), player("piano", None, None, None))),
     "timeline": lambda: plot_timeline(segments()),
     "clues": lambda: plot_clues(reply(), segments()),
@@ -119,6 +142,17 @@ def test_what_was_typed_is_never_interpreted(text):
         for tag in ("<b>bold", "<a ", "<img", "<sup", "<span", "x<br>y", "$"):
             assert tag not in shown, shown
         assert escape(text).split("…")[0].strip() in shown.replace('\\"', '"').replace("\\\\", "\\")
+
+
+@pytest.mark.parametrize("text", EVIL)
+def test_the_board_holds_no_markup_but_its_own(text):
+    def board(typed):
+        changes = dict(model=typed, annotated=typed, reply=reply(typed, answer=typed, note=typed))
+        one = asked(words=1, **changes)
+        return texts(plot_board(segments(), [one, one], scene=scene(player(typed))))
+    shown, tags = board(text), re.compile("<[^>]*>")
+    assert Counter(tags.findall(shown)) == Counter(tags.findall(board("plain"))) and "$" not in shown
+    assert escape(text) in shown.replace('\\"', '"').replace("\\\\", "\\")
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -273,3 +307,131 @@ def test_types_without_questions_and_rows_that_are_not_there():
     assert len(plot_types({"MCD": table}, rows=TYPES[:2]).data[0].y) == 2
     with pytest.raises(ValueError, match="MCD has no row 'Audio Comparative'; it has Audio Count"):
         plot_types({"MCD": {TYPES[0]: 1.}})
+
+
+# ---- the board
+
+def rows_of(one, **look): return clue_rows(one, Look(**look))
+
+
+def test_rows_are_the_weights_themselves():
+    one = asked()
+    labels, rows = rows_of(one, head="each", which=2)
+    assert labels == ["low 1", "low 2", "high 1", "high 2"]
+    for modality in range(2):
+        for level in range(2):
+            for head in range(2):
+                row = rows[modality, 2 * level + head]
+                assert torch.equal(row, one.clues[2 * level + modality, head, 2])
+
+
+@pytest.mark.parametrize("who", ["words", "objects"])
+def test_parts_are_means_and_a_whole_look_sums_to_one(who):
+    one = asked(words=3, objects=3)
+    clues = one.clues if who == "words" else one.object_clues
+    _, apart = rows_of(one, who=who)
+    torch.testing.assert_close(apart[1, 0], clues[1].mean((0, 1)))
+    labels, whole = rows_of(one, who=who, level="both")
+    assert labels == ["both"]
+    torch.testing.assert_close(whole.sum(-1), torch.ones(2, 1))
+    torch.testing.assert_close(whole[:, 0], apart.mean(1) * (1 if who == "words" else 2))
+    labels, high = rows_of(one, who=who, level="high", head=1, which=0)
+    assert labels == ["high 2"] and torch.equal(high[0, 0], clues[2, 1, 0])
+
+
+def test_the_whole_look_is_what_the_reply_says():
+    from mcd_edu.inference import clue_maps
+    one = asked()
+    expected = clue_maps(one.clues[None], torch.ones(1, 3, dtype=bool))[0]
+    torch.testing.assert_close(rows_of(one, level="both")[1][:, 0], expected)
+
+
+def test_padding_is_not_shown():
+    one = asked(words=5)
+    cut = replace(one, words=one.words[:3])
+    torch.testing.assert_close(clue_rows(cut)[1], clue_rows(replace(cut, clues=one.clues[:, :, :3]))[1])
+
+
+@pytest.mark.parametrize("streams, labels", [(1, ["low"]), (2, ["low"]), (4, ["low", "high"])])
+def test_models_with_fewer_looks_have_fewer_rows(streams, labels):
+    found, rows = clue_rows(asked(streams=streams))
+    assert found == labels and rows.shape == (2, len(labels), 4)
+    assert clue_rows(asked(streams=1))[1][0].equal(clue_rows(asked(streams=1))[1][1])
+
+
+@pytest.mark.parametrize("changes, look, reason", [
+    ({}, dict(head=7), "this model has 2 heads"),
+    (dict(clues=None), {}, "this model shows no attention of its words"),
+    (dict(object_clues=None), dict(who="objects"), "this model shows no attention of its objects"),
+    (dict(objects=()), dict(who="objects"), "no text object in this question")])
+def test_what_cannot_be_shown_is_said_on_the_board(changes, look, reason):
+    one = replace(asked(), **changes)
+    with pytest.raises(ValueError, match=reason): rows_of(one, **look)
+    fig = plot_board(segments(), [one, asked("Why?")], [Look(**look), Look()])
+    assert [note.text for note in fig.layout.annotations].count(reason) == 2
+    assert len([trace for trace in fig.data if trace.type == "heatmap"]) == 4
+
+
+def heats(fig): return [trace for trace in fig.data if trace.type == "heatmap"]
+
+
+def test_the_board_draws_what_it_was_given():
+    first, second = asked(), asked("Why?", words=2)
+    truth = scene(player(onset=1, end=3), player("piano", None, None, None))
+    fig = plot_board(segments(), [first, second], scene=truth)
+    looks, listens, *others, last = heats(fig)
+    np.testing.assert_allclose(looks.z, clue_rows(first)[1][0], atol=6e-4)
+    np.testing.assert_allclose(listens.z, clue_rows(first)[1][1], atol=6e-4)
+    np.testing.assert_allclose(others[1].z, clue_rows(second)[1][1], atol=6e-4)
+    assert np.array_equal(np.array(last.z) > 0, [[0, 1, 1, 0], [0, 0, 0, 0]])
+    assert len({heat.zmax for heat in (looks, listens, *others)}) == 1          # one scale
+    assert looks.colorscale[1][1] == COLORS["visual"] and listens.colorscale[1][1] == COLORS["audio"]
+    bars = [trace for trace in fig.data if trace.type == "bar"]
+    assert [list(bar.x) for bar in bars] == [[.8, .2]] * 2 and "<b>yes</b> 80%" in bars[0].text[0]
+    assert len(fig.layout.images) == 5                                          # frames, spectrogram
+
+
+def test_panels_of_the_board_lie_above_each_other():
+    fig = plot_board(segments(), [asked(), asked("Why?")], scene=scene(player(), player()))
+    domains = sorted((axis.domain for axis in fig.select_yaxes() if axis.anchor == "x"), reverse=True)
+    assert len(domains) == 8
+    assert all(lower[1] < upper[0] for upper, lower in zip(domains, domains[1:]))
+    assert domains[-1][0] == 0 and fig.layout.xaxis.domain[0] > .1
+
+
+def test_a_right_answer_is_ticked_and_a_wrong_one_is_not():
+    def head(annotated): return plot_board(segments(), [asked(annotated=annotated)]).layout.annotations[0].text
+    assert "annotation: yes ✓" in head("yes") and "annotation: no ✗" in head("no")
+    assert "annotation" not in head("")
+
+
+def test_the_board_refuses_other_numbers_of_questions():
+    for wrong in ([], [asked()] * 3):
+        with pytest.raises(ValueError, match="give one, or two to compare"): plot_board(segments(), wrong)
+    with pytest.raises(ValueError, match="4 segments for a question about 5 others"):
+        plot_board(segments(), [asked(t=5)])
+
+
+def test_truth_is_shown_at_the_seconds_that_were_read():
+    labels, shades, texts = scene_rows(scene(player(onset=3, end=7), player("piano", None, None, None)), [0, 3, 6, 9])
+    assert [shade > 0 for shade in shades[0]] == [False, True, True, False] and not any(shades[1])
+    assert texts == [["", "medium", "", ""], ["silent", "", "", ""]]
+    assert labels == ["violin, near left", "piano, off-screen"]
+
+
+def test_truth_between_the_seconds_that_were_read_is_said_to_be_unseen():
+    _, (shades,), (texts,) = scene_rows(scene(player(onset=1, end=3)), [0, 5, 9])
+    assert not any(shades) and texts[0] == "not in these seconds"
+
+
+@given(st.text(), st.integers(5, 40))
+def test_wrapped_text_is_plain_and_short(text, width):
+    lines = wrapped(text, width).split("<br>")
+    assert len(lines) <= 2
+    for line in lines:
+        assert "<" not in line and len(line.replace("&lt;", "<").replace("&gt;", ">")
+                                       .replace("&amp;", "&").replace("&#36;", "$")) <= width
+
+
+def test_stacked_against_hand():
+    assert stacked([10, 20], [10, 5], top=3) == (48, [(.75, 1.), (0., .5)])

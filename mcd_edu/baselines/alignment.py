@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..encoders import TextEncoder
+from ..hub import Pretrained
 from ..layers import FeedForward, KeysValues, MultiHeadAttention, check_mask, masked_mean
 from ..model import Answer, Standardise, answer_loss, check_choices, check_named, score_choices
 from .late_fusion import check_features, check_tokens
@@ -117,7 +118,7 @@ class AlignmentState(NamedTuple):
     keys_values:KeysValues       # of the joined features, b h n e; n is 2t, or t by features
 
 # %% ../../nbs/baselines/01_alignment.ipynb #4639c16a
-class Alignment(nn.Module):
+class Alignment(nn.Module, Pretrained, kind="alignment", make_config=AlignmentConfig):
     "Simple modality alignment: text asks, picture and sound answer side by side. [P], sizes [O]"
     def __init__(self,
         config:AlignmentConfig,

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from einops import einsum, rearrange, reduce, repeat
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..data import AVQADataset
+from ..hub import Pretrained
 from ..layers import check_mask, masked_mean
-from ..media import write_whole
+from ..media import write_tensors
 from ..model import Answer, Standardise, answer_loss, check_choices, check_named, score_choices
 
 # %% auto #0
@@ -340,7 +340,7 @@ def check_questions(
                          f"{most} words for each of the {b} videos of the state")
 
 # %% ../../nbs/baselines/02_knowledge_distillation.ipynb #217b6030
-class GraphVQA(nn.Module):
+class GraphVQA(nn.Module, Pretrained, kind="graph_vqa", make_config=KDConfig):
     "VQA-KD's network, in both roles: the teacher has 4 graph layers, the student 1. [P][C]"
     def __init__(self,
         config:KDConfig,
@@ -589,7 +589,7 @@ class TeacherCache:
         "Written whole, or not at all."
         about = {"kind": self.kind, "teacher": self.teacher, "data": self.data}
         tensors = {"question_ids": self.question_ids, "outputs": self.outputs}
-        write_whole(Path(path), lambda path: save_file(tensors, path, about))
+        write_tensors(Path(path), tensors, about)
 
     @classmethod
     def load(cls,

@@ -12,6 +12,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from ..hub import Pretrained
 from ..layers import FeedForward, KeysValues, MultiHeadAttention, check_mask, check_width, masked_mean
 from ..model import Answer, Standardise, answer_loss, check_choices, check_named, score_choices
 
@@ -137,7 +138,7 @@ class LateFusionState(NamedTuple):
     means:tuple[Tensor, Tensor]                 # over the segments, by modality, b d
 
 # %% ../../nbs/baselines/00_late_fusion.ipynb #2b8987cb
-class LateFusion(nn.Module):
+class LateFusion(nn.Module, Pretrained, kind="late_fusion", make_config=LateFusionConfig):
     "Question, picture and sound apart until the end; then one gate. After AVST [P], sizes [O]"
     def __init__(self,
         config:LateFusionConfig,

@@ -8,19 +8,16 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
 import av
 import numpy as np
 from einops import rearrange
-from tqdm.auto import tqdm
 
-from ..media import claim_folder, save_array, write_json, write_whole
+from ..media import claim_folder, open_media, save_array, work_through, write_json, write_whole
 from .actions import ACTIONS, FPS, KINDS, SIZE, ActionScene, render_frames, sample_scene
 
 # %% auto #0
@@ -316,7 +313,7 @@ def read_silent_video(
     path:str|Path,           # an mp4 of 96 × 96 pixels, 8 frames a second
 ) -> np.ndarray:             # n 96 96 3, uint8; n a multiple of 16: what is left over is not read
     "The frames of a clip, as `encode_frames` wants them. ValueError for a clip of another size, or too short."
-    with av.open(f"file:{path}") as container:
+    with open_media(path) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     frames = frames[:len(frames) // CLIP * CLIP]
     if not frames or frames[0].shape != (SIZE, SIZE, 3):
@@ -368,9 +365,4 @@ def build_action_set(
             for scene in (*scenes["test"][:config.num_videos - many], *scenes["train"][:many])}
     jobs = [ActionJob(scene, folder, kept.get(scene.video_id), features) for clips in scenes.values() for scene in clips]
     if not features: jobs = [job for job in jobs if job.video]
-    if workers == 0:
-        for job in tqdm(jobs, unit="clip"): make_action_clip(job)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        made = pool.map(make_action_clip, jobs, chunksize=8)
-        for _ in tqdm(made, total=len(jobs), unit="clip"): pass
+    work_through(make_action_clip, jobs, workers)

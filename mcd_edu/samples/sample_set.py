@@ -6,19 +6,16 @@
 from __future__ import annotations
 import hashlib
 import json
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
 import torch
-from tqdm.auto import tqdm
 
 from ..encoders import encode_segments, load_encoders
-from ..media import claim_folder, read_segments, save_array, write_json, write_video
+from ..media import claim_folder, read_segments, save_array, work_through, write_json, write_video
 from .pictures import INSTRUMENTS
 from .questions import TEMPLATES, Candidate, choose_questions
 from .scenes import FPS, Scene, render_frames, render_waveform, sample_scene
@@ -176,10 +173,4 @@ def build_sample_set(
                                          *scenes["train"][:config.num_videos // 4])}
     jobs = [ClipJob(scene, folder, assets, encoders, scene.video_id in kept)
             for clips in scenes.values() for scene in clips]
-    if workers == 0:
-        for job in tqdm(jobs, unit="clip"): make_clip(job)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"),
-                             initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        made = pool.map(make_clip, jobs, chunksize=8)
-        for _ in tqdm(made, total=len(jobs), unit="clip"): pass
+    work_through(make_clip, jobs, workers, torch.set_num_threads, 1)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from ..media import open_media
 from .pictures import INSTRUMENTS, NUM_VARIANTS
 
 # %% ../../nbs/02_samples/01_sounds.ipynb #7b83e612
@@ -290,7 +291,7 @@ def read_flac(
 ) -> np.ndarray: # int16, n
     "Read every sample of a mono FLAC file; ValueError when it cannot be decoded [O]"
     try:
-        with av.open(str(path)) as container:
+        with open_media(path) as container:
             frames = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
         return np.concatenate(frames).astype(np.int16)
     except (av.error.FFmpegError, ValueError, IndexError) as error:
@@ -347,14 +348,10 @@ def read_bank(
                          "differs): fetch both again, or make them with build_note_bank")
     return samples, index
 
-def find_assets() -> Path: # data_samples/assets, whether or not it exists
-    "Look for the note bank beside the package, then from the working folder upwards [O]"
+def find_assets() -> Path: # whether or not it exists
+    "The folder of the note bank that is shipped with the package [O]"
     import mcd_edu
-    here, inside = Path.cwd().resolve(), Path("data_samples/assets")
-    for folder in (Path(mcd_edu.__path__[0]).resolve().parent, here, *here.parents):
-        if (folder / inside / "notes.json").is_file():
-            return folder / inside
-    return inside
+    return Path(mcd_edu.__path__[0]) / "samples" / "assets"
 
 # %% ../../nbs/02_samples/01_sounds.ipynb #96dbcdc3
 @dataclass(frozen=True)
