@@ -80,5 +80,8 @@ bench: env  ## measure speed and memory on this machine, then show it
 tables: env  ## run the missing trainings of the table of all models, then show it
 	$(NOTEBOOK) nbs/experiments/all_models.ipynb runs/tables/all_models.ipynb -f params/all_models.yaml
 
+claims: env  ## run the missing trainings of the claims table, then show it
+	$(NOTEBOOK) nbs/experiments/claims.ipynb runs/claims/claims.ipynb -f params/claims.yaml
+
 results: env  ## run the trainings whose result files are missing, then show all results
 	$(NOTEBOOK) nbs/experiments/sample_results.ipynb runs/results/sample_results.ipynb -f params/results.yaml

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTENTIONS', 'keep_top', 'TopAttention', 'AssociationStream', 'AssociationBlock', 'Association']
 
-# %% ../nbs/05_association.ipynb #05ccc5ae
+# %% ../nbs/05_association.ipynb #63584ec6
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .layers import FeedForward, KeysValues, MultiHeadAttention, check_width
 from .layers import attention as soft_attention
 
-# %% ../nbs/05_association.ipynb #111425c3
+# %% ../nbs/05_association.ipynb #738bd8e0
 def keep_top(
     weights:Tensor,  # attention weights, … t
     top_k:int,       # how many of a row are kept
@@ -59,7 +59,7 @@ class TopAttention(MultiHeadAttention):
 
 ATTENTIONS = {"soft": MultiHeadAttention, "hard": TopAttention}
 
-# %% ../nbs/05_association.ipynb #c02addd6
+# %% ../nbs/05_association.ipynb #47f220b7
 class AssociationStream(nn.Module):
     "One modality's half: u = f + SA(LN f) + CA(LN f, LN g), then u + FFN(LN u). [F][P][O]"
     def __init__(self,
@@ -95,7 +95,7 @@ class AssociationStream(nn.Module):
             if attn is not None: mixed = mixed + attn(own_norm, attn.keys_values(source), mask)[0]
         return mixed + self.ffn(self.ffn_norm(mixed))
 
-# %% ../nbs/05_association.ipynb #5acc6a51
+# %% ../nbs/05_association.ipynb #5c56169f
 class AssociationBlock(nn.Module):
     "Picture and sound look at themselves and at each other. ValueError: unknown names. [F][P]"
     def __init__(self,

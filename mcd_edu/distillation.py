@@ -168,9 +168,12 @@ class SemanticApproximation(nn.Module):
         edges:str="both",         # both [F]; visual: q–v only; audio: q–a only [O]
     ):
         super().__init__()
-        if kind not in ("nce", "kl", "mse") or edges not in ("both", "visual", "audio"):
-            raise ValueError(f"SemanticApproximation: kind={kind!r} or edges={edges!r} is unknown; "
-                             "choose nce, kl or mse, and both, visual or audio")
+        if kind not in ("nce", "kl", "mse"):
+            raise ValueError(f"SemanticApproximation: kind={kind!r} is unknown; "
+                             "choose nce, kl or mse")
+        if edges not in ("both", "visual", "audio"):
+            raise ValueError(f"SemanticApproximation: edges={edges!r} is unknown; "
+                             "choose both, visual or audio")
         self.embed_dim, self.stop_gradient, self.edges = embed_dim, stop_gradient, edges
         self.temperature, self.kind = temperature, kind
         self.to_visual, self.to_audio, self.to_question = (Projection(embed_dim, shared_dim)

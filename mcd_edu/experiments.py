@@ -37,7 +37,7 @@ from mcd_edu.measures import (
 
 from .data import MUSIC_AVQA, AVQADataset, DataError, Question, Schema
 from .datasets import DATASETS, find_streams, load_questions, load_splits, schema_from_json, schema_to_json, video_names
-from .evaluation import Predictions, Score, compare, predict, score, to_predictions
+from .evaluation import SHORT, Predictions, Score, compare, predict, score, to_predictions
 from .media import write_whole
 from .models import build, config_for
 from .other_encoders import OTHER_ENCODERS, draw_features
@@ -53,7 +53,7 @@ __all__ = ['SOUND', 'SILENT', 'VARIANTS', 'REPEATED', 'ENCODERS', 'ABLATIONS', '
            'answers_per_second', 'AskedSet', 'pack', 'unpack', 'read_truth', 'measure_part', 'measure', 'run_one',
            'missing_runs', 'teach', 'run_grid', 'try_one', 'search_table', 'Result', 'load_result', 'load_results',
            'by_title', 'summary', 'learning_curve', 'by_dataset', 'score_datasets', 'Cost', 'cost', 'table_lines',
-           'overview_table', 'gains', 'behind', 'cost_table']
+           'overview_table', 'number', 'full_table', 'gains', 'behind', 'cost_table']
 
 # %% ../nbs/14_experiments.ipynb #5d6b7315
 SOUND, SILENT = ("music_avqa", "avqa"), ("msvd_qa", "msrvtt_qa")
@@ -742,6 +742,34 @@ def overview_table(
     return table_lines([["", *scores], *([title, *(cell(name, title) for name in scores)]
                                          for title in titles)])
 
+# %% ../nbs/14_experiments.ipynb #f0117ab1
+def number(
+    x:float,
+    form:str,                # as in an f-string
+) -> str:
+    "A figure, or a dash where there is none."
+    return f"{x:{form}}" if np.isfinite(x) else "–"
+
+def full_table(
+    tables:dict[str, dict[str, list[Result]]],       # from `by_dataset`
+    scores:dict[str, dict[str, dict[str, Score]]],   # from `score_datasets`; rows may be added
+    first:str="music_avqa",                          # whose types, averages and prices are shown
+) -> str:
+    "A line a model: types and averages of one dataset, all questions of the others, its price."
+    titles = [title for title in (*VARIANTS, *scores[first]) if any(title in s for s in scores.values())]
+    def column(name, row):
+        found = {title: round(table[row].value, 1) for title, table in scores[name].items()}
+        return {title: f"**{x:.1f}**" if x == max(found.values()) else f"{x:.1f}" for title, x in found.items()}
+    prices = {title: cost(group) for title, group in tables[first].items()}
+    rows = next(iter(scores[first].values()))
+    columns = {short: column(first, row) for short, row in zip(SHORT, rows)}
+    columns |= {name: column(name, MICRO) for name in scores if name != first}
+    columns |= {"parameters": {title: f"{price.parameters:,}" for title, price in prices.items()},
+                "training, s": {title: number(price.seconds, ".0f") for title, price in prices.items()},
+                "answers/s": {title: number(price.answers_per_second, ",.0f") for title, price in prices.items()}}
+    return table_lines([["", *columns], *([title, *(found.get(title, "–") for found in columns.values())]
+                                          for title in dict.fromkeys(titles))])
+
 # %% ../nbs/14_experiments.ipynb #aa14e016
 def gains(
     table:dict[str, list[Result]],   # variant → seeds, of one dataset
@@ -770,7 +798,6 @@ def cost_table(
 ) -> str:
     "A line a model: seeds, micro, the reference's lead, parameters, training time, speed."
     lead = gains(table, reference, draws)
-    def number(x, form): return f"{x:{form}}" if np.isfinite(x) else "–"
     lines = [["", "seeds", "micro", f"{reference} − it", "parameters", "training, s", "answers/s"]]
     for variant, group in table.items():
         price, micro = cost(group), score([one.test for one in group], draws)[MICRO]

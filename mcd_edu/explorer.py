@@ -77,7 +77,7 @@ def open_clip(
               for split in ("test", "val", "train"))
     return Clip(path, next(filter(None, tables), {}), true_scene(data, path.stem))
 
-# %% ../nbs/13b_explorer.ipynb #7ab9df85
+# %% ../nbs/13b_explorer.ipynb #f30f8d2e
 SHIPPED = "MCD, shipped"
 
 class Studio:
@@ -174,7 +174,7 @@ def note_html(text:str, bad:bool=False) -> str:
     return (f'<div class="mcd-note" style="color:{color};line-height:1.35;font-size:12px;'
             f'overflow-wrap:anywhere">{escape(text, 400)}</div>')
 
-# %% ../nbs/13b_explorer.ipynb #61633001
+# %% ../nbs/13b_explorer.ipynb #3da8cbbc
 NOTHING = "pick a question of the annotation …"
 
 class Card:
@@ -228,7 +228,7 @@ def heading(text:str) -> widgets.HTML:
     return widgets.HTML(f'<div style="font-weight:600;font-size:13px;color:{COLORS["show"]};'
                         f'line-height:1.3">{escape(text)}</div>', layout=dict(margin="6px 0 0"))
 
-# %% ../nbs/13b_explorer.ipynb #7131412c
+# %% ../nbs/13b_explorer.ipynb #d6c4ce8d
 LEVELS = [("low and high apart", "each"), ("low level", "low"), ("high level", "high"),
           ("both levels as one", "both")]
 
@@ -291,7 +291,7 @@ class Controls:
         "What each card wants to see."
         return [Look(*card.who.value, self.level.value, self.head.value) for card in self.cards]
 
-# %% ../nbs/13b_explorer.ipynb #412ef1f7
+# %% ../nbs/13b_explorer.ipynb #83ff37a3
 FIRST = "How many instruments are sounding in the video?"
 
 class Explorer:

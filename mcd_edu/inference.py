@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'MAX_OBJECTS', 'join_names', 'Prepared', 'prepare', 'clue_maps', 'Reply', 'check_fit', 'Answerer',
            'make_reply']
 
-# %% ../nbs/12_inference.ipynb #015f76d4
+# %% ../nbs/12_inference.ipynb #cbb021cc
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from inspect import getfile
@@ -119,7 +119,7 @@ def check_fit(
                               "train it again or add the words that questions are filled with")
     return schema
 
-# %% ../nbs/12_inference.ipynb #75464edc
+# %% ../nbs/12_inference.ipynb #ba2c8f1c
 class Answerer:
     "A trained MCD with its encoders and vocabulary: asks about videos it never saw."
     def __init__(self, model:nn.Module, vocabulary:Vocabulary, keywords:Sequence[str],

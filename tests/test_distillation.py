@@ -404,6 +404,8 @@ def test_it_teaches(kind):
 def test_wrong_input(case):
     with pytest.raises(ValueError, match="kind='cosine' is unknown; choose nce, kl or mse"):
         block(kind="cosine")
+    with pytest.raises(ValueError, match="edges='qv' is unknown; choose both, visual or audio"):
+        block(edges="qv")
     for match, change in {"low_visual.*d = 8": dict(low_visual=torch.randn(b, t, d + 1)),
                           "low_audio.*b t d": dict(low_audio=torch.randn(b, d)),
                           "question.*b k d": dict(question=torch.randn(b, k, 2, d)),

@@ -378,7 +378,7 @@ def test_a_variant_changes_the_answers(case, changes):
     close(run(other, case).logits, two.logits)  # with clues or without
 
 
-@pytest.mark.parametrize("changes, parts", LOSSES_CHANGE, ids=str)
+@pytest.mark.parametrize("changes, parts", LOSSES_CHANGE, ids=[str(changes) for changes, _ in LOSSES_CHANGE])
 def test_a_variant_changes_the_losses(case, changes, parts):
     model = build()
     other, copies = twin(model, **changes), "mask_same_video" in changes
