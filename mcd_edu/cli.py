@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -141,8 +141,8 @@ def samples(
     from mcd_edu.inference import WEIGHTS
     from mcd_edu.samples.action_set import build_action_set
     from mcd_edu.samples.choices import build_choice_set
-    from mcd_edu.samples.provide import check_samples
-    from mcd_edu.samples.sample_set import SampleSetConfig, build_sample_set
+    from mcd_edu.samples.provide import check_samples, sample_config
+    from mcd_edu.samples.sample_set import build_sample_set
     find_source(dataset)
     if dataset != "music_avqa":
         if dataset == "avqa": build_choice_set(out, source)
@@ -151,13 +151,11 @@ def samples(
             check_samples(out, dataset)
         typer.echo(f"{dataset}: {out}")
         return
-    num_test, num_val = round(2 * clips / 15), round(clips / 15)
-    config = SampleSetConfig(num_train=clips - num_test - num_val, num_val=num_val,
-                             num_test=num_test, num_videos=videos, seed=seed)
+    config = replace(sample_config(clips), num_videos=videos, seed=seed)
     build_sample_set(out, encoders or WEIGHTS / "encoders", config, assets, workers)
     if seed == 0: check_samples(out, f"{dataset}-{clips}")
-    typer.echo(f"{config.num_train} clips to train on, {num_val} to choose on, {num_test} to test "
-               f"on: {out}")
+    typer.echo(f"{config.num_train} clips to train on, {config.num_val} to choose on, "
+               f"{config.num_test} to test on: {out}")
 
 # %% ../nbs/20_cli.ipynb #c11c0011
 @app.command()

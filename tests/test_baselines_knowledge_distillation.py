@@ -208,7 +208,7 @@ def test_batch_norm_of_one_question_or_none():
 def test_shapes(name):
     model, batch = make(name), inputs(name)
     state, answer = ask(model, **batch, need_clues=True)
-    assert isinstance(answer, Answer) and len(answer) == 3
+    assert isinstance(answer, Answer) and len(answer) == 4
     assert answer.logits.shape == (b, k, c if name == "choices" else a)
     assert answer.question.shape == (b, k, d) and answer.clues.shape == (b, k, 4, 1, l, t)
     assert answer.streams.fused.shape == answer.streams.appearance.shape == (b, k, t, d)

@@ -20,7 +20,7 @@ from mcd_edu.data import Vocabulary
 from mcd_edu.inference import WEIGHTS, Answerer, Reply
 from mcd_edu.media import write_video
 from mcd_edu.model import MCD, MCDConfig
-from mcd_edu.samples import action_set, choices, sample_set
+from mcd_edu.samples import action_set, choices, provide, sample_set
 from mcd_edu.samples.choices import build_choice_set
 from mcd_edu.samples.sample_set import SampleSetConfig, split_scenes, write_annotations
 from mcd_edu.training import save_checkpoint
@@ -297,8 +297,10 @@ def test_the_real_command_line(untrained, clip, bad):
 # ---- samples
 
 def test_samples_passes_its_options_on(call, monkeypatch, tmp_path):
-    seen = []
+    seen, checked = [], []
+    (tmp_path / "z").mkdir()
     monkeypatch.setattr(sample_set, "build_sample_set", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(provide, "check_samples", lambda *arguments: checked.append(arguments))
     code, out, err = call("samples", "--out", tmp_path / "x")
     assert code == 0 and err == ""
     assert out.startswith("2400 clips to train on, 200 to choose on, 400")
@@ -308,6 +310,7 @@ def test_samples_passes_its_options_on(call, monkeypatch, tmp_path):
     assert seen == [(tmp_path / "x", WEIGHTS / "encoders", SampleSetConfig(), None, 2),
                     (tmp_path / "y", tmp_path, SampleSetConfig(12, 1, 2, num_videos=2, seed=3),
                      tmp_path / "z", 1)]
+    assert checked == [(tmp_path / "x", "music_avqa-3000")], "another seed is another set"
 
 
 # ---- train and evaluate
@@ -374,10 +377,12 @@ def test_samples_of_the_other_datasets(call, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(action_set, "build_action_set", lambda *args, **options: seen.append((*args, options)))
     monkeypatch.setattr(choices, "build_choice_set", lambda *args: seen.append(args))
+    monkeypatch.setattr(provide, "check_samples", lambda *args: seen.append(args))
     for name in ("avqa", "msvd_qa"):
         code, out, _ = call("samples", "--out", tmp_path / name, "--dataset", name, "--source", "music", "--workers", 0)
         assert code == 0 and out == f"{name}: {tmp_path / name}\n"
-    assert seen == [(tmp_path / "avqa", Path("music")), (tmp_path / "msvd_qa", "msvd_qa", {"workers": 0})]
+    assert seen == [(tmp_path / "avqa", Path("music")), (tmp_path / "msvd_qa", "msvd_qa", {"workers": 0}),
+                    (tmp_path / "msvd_qa", "msvd_qa")]
     code, _, err = call("samples", "--out", tmp_path / "cats", "--dataset", "cats")
     assert code == 1 and "dataset 'cats' is unknown" in err and not (tmp_path / "cats").exists()
 

@@ -115,7 +115,7 @@ def test_notebook_is_tidy(path):
 def copied_root(tmp_path, monkeypatch) -> Path:
     """A throw-away copy of the repository, so that no notebook can write into the real one."""
     copy = tmp_path / "copy"
-    leave = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "tests")
+    leave = shutil.ignore_patterns(".*", "runs", "build", "dist", "_docs", "*.egg-info", "tests")
     shutil.copytree(ROOT, copy, ignore=leave)
     monkeypatch.setenv("PYTHONPATH", str(copy))  # the kernel imports the copy of the package
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
