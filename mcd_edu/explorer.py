@@ -350,6 +350,7 @@ class Explorer:
         "Ask anew and show it; what cannot be done is said, and the last good state stays."
         if self.held: return
         start = perf_counter()
+        self.say("answering …")              # so that the same words afterwards are news, too
         try:
             clip = open_clip(Path(path).expanduser(), self.data) if path else self.clip
             questions = [card.text.value for card in self.controls.cards]
