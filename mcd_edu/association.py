@@ -7,7 +7,7 @@ __all__ = ['ATTENTIONS', 'keep_top', 'TopAttention', 'AssociationStream', 'Assoc
 
 # %% ../nbs/05_association.ipynb #63584ec6
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,20 +41,17 @@ class TopAttention(MultiHeadAttention):
         if top_k < 1: raise ValueError(f"TopAttention: top_k={top_k}; keep at least 1 segment")
         self.top_k, self.hard = top_k, hard
 
-    def forward(self,
-        query:Tensor,            # who looks, b n d
+    def mix(self,
+        query:Tensor,            # who looks, in heads, b h n e
         keys_values:KeysValues,  # from `keys_values`, b h t e each
         mask:Tensor|None=None,   # True = this segment exists, b t
         need_weights:bool=False, # also return the weights that were used?
-    ) -> tuple[Tensor, Tensor|None]: # what was found b n d, weights b h n t or None
+    ) -> tuple[Tensor, Tensor|None]: # mixed values b h n e, weights b h n t or None
         "As the attention it is made from, but for the weights that are cut."
-        check_width("TopAttention", query, "b n d", self.embed_dim)
-        query = rearrange(self.to_query(query), "b n (h e) -> b h n e", h=self.num_heads)
         _, weights = soft_attention(query, *keys_values, mask, need_weights=True)
         weights = F.dropout(keep_top(weights, self.top_k, self.hard), self.dropout, self.training)
         value = keys_values.value
         mixed = einsum(weights.to(value.dtype), value, "b h n t, b h t e -> b h n e")
-        mixed = self.to_output(rearrange(mixed, "b h n e -> b n (h e)"))
         return mixed, weights if need_weights else None
 
 ATTENTIONS = {"soft": MultiHeadAttention, "hard": TopAttention}

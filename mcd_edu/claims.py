@@ -17,7 +17,8 @@ from .measures import LOOKS, Paired, all_right, over_seeds, separability, verdic
 # %% auto #0
 __all__ = ['MEASURES', 'LOWER_IS_BETTER', 'TOPICS', 'CLUE', 'LATE', 'PARTS', 'PAIRS', 'CLAIMS', 'Table', 'COLOURS', 'FRACTIONS',
            'SPREAD', 'part_of', 'pointing_above_chance', 'mean_diversity', 'Claim', 'by_seed', 'gain', 'Judged',
-           'judge', 'number', 'claims_table', 'headline', 'forest', 'claim_runs', 'setting', 'reference_table', 'curve']
+           'judge', 'with_interval', 'claims_table', 'headline', 'forest', 'claim_runs', 'setting', 'reference_table',
+           'curve']
 
 # %% ../nbs/14b_claims.ipynb #a924d15e
 def part_of(
@@ -146,7 +147,7 @@ def judge(
     return [one(claim) for claim in claims]
 
 # %% ../nbs/14b_claims.ipynb #94f13e4f
-def number(found:Paired|None, digits:int=2) -> str:
+def with_interval(found:Paired|None, digits:int=2) -> str:
     "Such as +1.20 (+0.85 to +1.55)."
     if found is None: return "–"
     if not np.isfinite(found.low): return f"{found.value:+.{digits}f} (one seed)"
@@ -160,7 +161,7 @@ def claims_table(
     for claim, found, said in judged:
         known = found is not None
         p = f"{found.p:.3f}" if known and np.isfinite(found.p) else "–"
-        lines.append([claim.measure, claim.text, number(found), p, str(found.seeds if known else 0),
+        lines.append([claim.measure, claim.text, with_interval(found), p, str(found.seeds if known else 0),
                       said if said != "holds" else f"**{said}**"])
     return table_lines(lines)
 
@@ -190,7 +191,7 @@ def forest(
     for claim, found, said in known:
         unit = max(abs(found.low), abs(found.high), 1e-9)
         fig.add_scatter(x=[found.value / unit], y=[f"{claim.measure}: {claim.text}"], mode="markers",
-                        marker=dict(color=COLOURS[said], size=8), hovertext=number(found), showlegend=False,
+                        marker=dict(color=COLOURS[said], size=8), hovertext=with_interval(found), showlegend=False,
                         error_x=dict(array=[(found.high - found.value) / unit], color="#c3ccd6"))
     fig.add_vline(0, line=dict(color="#5b6672", width=1))
     fig.update_layout(template="plotly_white", width=720, height=110 + 22 * len(known), title=title, font_size=11,

@@ -92,6 +92,15 @@ class MultiHeadAttention(nn.Module):
         pattern = "b t (two h e) -> two b h t e"
         return KeysValues(*rearrange(self.to_key_value(x), pattern, two=2, h=self.num_heads))
 
+    def mix(self,
+        query:Tensor,            # who looks, in heads, b h n e
+        keys_values:KeysValues,  # from `keys_values`, b h t e each
+        mask:Tensor|None=None,   # True = this segment exists, b t
+        need_weights:bool=False, # also return the weights that were used?
+    ) -> tuple[Tensor, Tensor|None]: # mixed values b h n e, weights b h n t or None
+        "The attention itself; another kind of attention replaces this."
+        return attention(query, *keys_values, mask, self.dropout if self.training else 0., need_weights)
+
     def forward(self,
         query:Tensor,            # who looks, b n d
         keys_values:KeysValues,  # from `keys_values`, b h t e each
@@ -101,8 +110,7 @@ class MultiHeadAttention(nn.Module):
         "Without `need_weights` torch's fused kernel runs; the output is the same."
         check_width("MultiHeadAttention", query, "b n d", self.embed_dim)
         query = rearrange(self.to_query(query), "b n (h e) -> b h n e", h=self.num_heads)
-        dropout = self.dropout if self.training else 0.
-        mixed, weights = attention(query, *keys_values, mask, dropout, need_weights)
+        mixed, weights = self.mix(query, keys_values, mask, need_weights)
         return self.to_output(rearrange(mixed, "b h n e -> b n (h e)")), weights
 
 # %% ../nbs/03_layers.ipynb #8c00987c

@@ -4,7 +4,8 @@
 
 # %% ../nbs/09_model.ipynb #4efc5b09
 from __future__ import annotations
-from dataclasses import dataclass, fields
+import math
+from dataclasses import MISSING, dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ from .hub import Pretrained
 from .layers import KeysValues, check_mask, masked_mean
 
 # %% auto #0
-__all__ = ['ASSOCIATIONS', 'LEVELS', 'HEADS', 'check_named', 'check_effect', 'MCDConfig', 'VideoState', 'Answer',
-           'PredictionHead', 'Standardise', 'check_choices', 'score_choices', 'answer_loss', 'MCD', 'mcd_losses']
+__all__ = ['MOST', 'MOST_LAYERS', 'ASSOCIATIONS', 'LEVELS', 'HEADS', 'check_named', 'check_numbers', 'check_effect', 'MCDConfig',
+           'VideoState', 'Answer', 'PredictionHead', 'Standardise', 'check_choices', 'score_choices', 'answer_loss',
+           'MCD', 'mcd_losses']
 
 # %% ../nbs/09_model.ipynb #beca0dee
 def check_named(
@@ -34,6 +36,29 @@ def check_named(
         if getattr(config, name) not in names:
             raise ValueError(f"{type(config).__name__}: {name}={getattr(config, name)!r} is unknown; "
                              f"choose one of {', '.join(names)}")
+
+MOST = 1_000_000     # of a width or a count; layers are fewer
+MOST_LAYERS = 100
+
+def check_numbers(
+    config,                         # a configuration
+) -> None:
+    "ValueError where a number is none, or beyond what any model can have."
+    def refuse(field, wanted):
+        raise ValueError(f"{type(config).__name__}: {field.name}={getattr(config, field.name)!r}; give {wanted}")
+    for field in fields(config):
+        value, kind = getattr(config, field.name), int if field.default is MISSING else type(field.default)
+        if kind is bool and not isinstance(value, bool): refuse(field, "True or False")
+        if kind is int:
+            least = int(field.default is MISSING or field.default > 0 and field.name not in ("num_blocks", "ffn_mult"))
+            most = MOST_LAYERS if field.name in ("num_blocks", "num_layers", "text_layers") else MOST
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                refuse(field, f"a whole number from {least} to {most:,}")
+        if kind is float:
+            above = field.name.startswith("temperature")
+            most = 1 if field.name == "dropout" else math.inf
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < most or above and not value:
+                refuse(field, f"a number {'above' if above else 'from'} 0, below {most}")
 
 def check_effect(
     config,                         # a configuration
@@ -92,6 +117,7 @@ class MCDConfig:
     matched_head:bool = False       # as many parameters as the largest head, whichever it is
 
     def __post_init__(self):
+        check_numbers(self)
         check_named(self, head=tuple(HEADS), modalities=("both", "visual", "audio", "none"),
                     association=tuple(ASSOCIATIONS), attention=tuple(ATTENTIONS),
                     levels=tuple(LEVELS), sharing=tuple(SHARING), kd_kind=("nce", "kl", "mse"),

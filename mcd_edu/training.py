@@ -116,13 +116,18 @@ class TrainingConfig:
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"TrainingConfig: precision={self.precision!r}; "
                              "choose float32 or bfloat16")
-        for name in ("epochs", "learning_rate", "num_videos", "num_questions", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"TrainingConfig: {name}={getattr(self, name)}; give more than 0")
+        for name in ("epochs", "num_videos", "num_questions"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"TrainingConfig: {name}={value}; give a whole number above 0")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"TrainingConfig: {name}={value}; give a number above 0, below inf")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"TrainingConfig: weight_decay={self.weight_decay}; give a number from 0, below inf")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"TrainingConfig: warmup={self.warmup}; give a share from 0 to 1")
-        if self.seed < 0:
-            raise ValueError(f"TrainingConfig: seed={self.seed}; give a whole number from 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"TrainingConfig: seed={self.seed}; give a whole number from 0, below 2³²")
 
 # %% ../nbs/10_training.ipynb #a0b3ef5e
 def learning_rate(

@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "data_samples" / "music_avqa" / "videos" / "00002611.mp4"
 LATE = {"torch", "numpy", "av", "plotly", "transformers", "huggingface_hub", "IPython", "nbdev", "fastcore"}
 RUN = """
-import papermill, tempfile
+import papermill, sys, tempfile
 from traitlets.config import Config
 with tempfile.TemporaryDirectory() as sockets:  # no TCP ports, which kernels side by side may fight for
     kernel = {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
-    papermill.execute_notebook("03_layers.ipynb", "out.ipynb", progress_bar=False,
+    papermill.execute_notebook(sys.argv[1], "out.ipynb", progress_bar=False,
                                config=Config(KernelManager=kernel))
 """
 MAX_WHEEL = 10_000_000  # bytes
@@ -203,8 +203,21 @@ def test_colab_installs_the_package_and_leaves_torch_alone(dist, wheel, tmp_path
         return {path: os.lstat(path)[:9] for path in packages.glob("torch*/**/*")} | {
             path: path.resolve() for path in packages.glob("torch*/**/*") if path.is_symlink()}
     before = torch_files()
-    clean_run([python, "-c", RUN], tmp_path, dist, PLOTLY_RENDERER="plotly_mimetype")
+    clean_run([python, "-c", RUN, "03_layers.ipynb"], tmp_path, dist, PLOTLY_RENDERER="plotly_mimetype")
     assert list(packages.glob("mcd_edu-*.dist-info")) and len(before) > 1000
     after = torch_files()
     assert {path for path in before if "__pycache__" not in path.parts and before[path] != after.get(path)
             and not path.is_dir()} == set()
+
+    # a notebook that reads files of the repository clones it first
+    origin = tmp_path / "origin"
+    (origin / "benchmarks").mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "model.json", origin / "benchmarks")
+    (origin / "nbs" / "experiments").mkdir(parents=True)
+    (origin / "nbs" / "experiments" / "here").touch()
+    for step in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *step], cwd=origin, check=True)
+    shutil.copy(ROOT / "nbs" / "experiments" / "speed.ipynb", tmp_path)
+    clean_run([python, "-c", RUN, "speed.ipynb"], tmp_path, dist, PLOTLY_RENDERER="plotly_mimetype", GIT_CONFIG_COUNT="1",
+              GIT_CONFIG_KEY_0=f"url.{origin.as_uri()}.insteadOf", GIT_CONFIG_VALUE_0="https://github.com/mcd-edu/mcd_edu")
+    assert (tmp_path / "mcd_edu" / "benchmarks" / "model.json").is_file()

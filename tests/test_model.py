@@ -1,7 +1,7 @@
 """The whole of MCD, against a loop over videos, questions and words, and its promises."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ from mcd_edu.model import (
     VideoState,
     mcd_losses,
 )
+from mcd_edu.models import MODELS
 
+LAYERS = "num_blocks", "num_layers", "text_layers"
 CONFIG = MCDConfig(vocab_size=12, num_answers=5, visual_dim=6, audio_dim=4, embed_dim=8,
                    num_heads=2, num_blocks=2, num_segments=5, max_tokens=6, shared_dim=4)
 b, k, t, l, m = 2, 3, 4, 5, 2
@@ -609,6 +611,22 @@ def test_wrong_configuration():
         MCD(replace(CONFIG, num_heads=3))
     with pytest.raises(AttributeError):
         CONFIG.head = "late_fusion"
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_numbers_beyond_any_model_are_refused(kind):
+    """Every number of every model: nothing, too much, and what is no such number at all."""
+    make_config = MODELS[kind][0]
+    good = make_config(9)
+    for field in fields(make_config):
+        value = getattr(good, field.name)
+        if isinstance(value, str): continue
+        odd = ([1, None] if isinstance(value, bool) else
+               [math.nan, math.inf, -.1, "1", True] if isinstance(value, float) else
+               [-1, 10**7, value + .5, float(value), str(value), True, None])
+        for wrong in odd + [1.] * (field.name == "dropout") + [101] * (field.name in LAYERS):
+            with pytest.raises(ValueError, match=rf"{make_config.__name__}: {field.name}=.*; give "):
+                replace(good, **{field.name: wrong})
 
 
 @pytest.mark.parametrize("match, change", [

@@ -1,6 +1,7 @@
 """Every notebook runs from a fresh kernel and is as a reader should find it; so does its runner."""
 
 import os
+import posixpath
 import re
 import shutil
 from pathlib import Path
@@ -39,7 +40,13 @@ COLAB_CELL = """\
 import sys
 if "google.colab" in sys.modules:  # install the package on Colab only; the torch that is there stays
     %pip install -q "mcd_edu[notebooks]"\
-"""  # noqa: E501
+"""
+FILES_CELL = COLAB_CELL.replace("import sys", "import os\nimport sys", 1) + """
+    if not os.path.exists("{up}data_samples"):   # the files that stand beside the notebooks
+        !git clone -q --depth 1 https://github.com/mcd-edu/mcd_edu
+        %cd -q mcd_edu/{folder}\
+"""
+BESIDE = re.compile(r"\"(\.\./)+(data_samples|results|benchmarks)\b")
 FOLDERS = "home root Users tmp work mnt opt var srv".split()  # absolute paths start in one of them
 MACHINE_PATH = re.compile(rf"(?<![\w.~/-])/(?:{'|'.join(FOLDERS)})/[\w.-]+")
 
@@ -69,7 +76,11 @@ def opening_problems(notebook, name: str) -> list[str]:
     problems = [f"the title cell has no {mark!r}" for mark in wanted if mark not in sources[0]]
     if not sources[0].startswith("# "):
         problems.append("it does not start with its title")
-    if sources[1] != COLAB_CELL:
+    folder = posixpath.dirname(name)
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    files = FILES_CELL.format(up="../" * len(folder.split("/")), folder=folder)
+    alone = "provide_samples" in code or not BESIDE.search(code)    # needs no files of the repository, or makes them
+    if sources[1] != (COLAB_CELL if alone else files):
         problems.append("the cell after the title is not the guarded Colab cell")
     if library and not sources[2].startswith("#| export"):
         problems.append("the imports of the module do not follow the Colab cell")
@@ -98,9 +109,7 @@ def problems_of(path: Path, root: Path) -> list[str]:
             problems += [f"cell {number} links to {link}, which is not there"
                          for link in local_links(cell.source)
                          if not (path.parent / link).exists()]
-    if path.name != "index.ipynb":
-        problems += opening_problems(notebook, path.relative_to(root).as_posix())
-    return problems
+    return problems + opening_problems(notebook, path.relative_to(root).as_posix())
 
 
 @each_notebook
@@ -111,12 +120,20 @@ def test_notebook_is_tidy(path):
 
 # Each notebook, run ----------------------------------------------------------------------------
 
-@pytest.fixture
-def copied_root(tmp_path, monkeypatch) -> Path:
-    """A throw-away copy of the repository, so that no notebook can write into the real one."""
-    copy = tmp_path / "copy"
+@pytest.fixture(scope="session")
+def one_copy(tmp_path_factory) -> Path:
+    """The repository without what it does not ship; on the disk of the throw-away copies."""
+    copy = tmp_path_factory.mktemp("one") / "copy"
     leave = shutil.ignore_patterns(".*", "runs", "build", "dist", "_docs", "*.egg-info", "tests")
     shutil.copytree(ROOT, copy, ignore=leave)
+    return copy
+
+
+@pytest.fixture
+def copied_root(one_copy, tmp_path, monkeypatch) -> Path:
+    """A throw-away copy of the repository, made of links, so that no notebook can write into the real one."""
+    copy = tmp_path / "copy"
+    shutil.copytree(one_copy, copy, copy_function=os.link)
     monkeypatch.setenv("PYTHONPATH", str(copy))  # the kernel imports the copy of the package
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
@@ -164,6 +181,9 @@ def test_a_tidy_notebook_has_no_problems(tmp_path):
     library = write(tmp_path / name, *tidy_cells(name))
     training = write(tmp_path / "nbs/train/x.ipynb", *tidy_cells("nbs/train/x.ipynb")[1:3])
     assert problems_of(library, tmp_path) == problems_of(training, tmp_path) == []
+    cells = tidy_cells("nbs/train/y.ipynb")[1:3]
+    cells[1].source = FILES_CELL.format(up="../../", folder="nbs/train")
+    assert problems_of(write(tmp_path / "nbs/train/y.ipynb", *cells, new_code_cell('x = "../../results/x"')), tmp_path) == []
 
 
 @pytest.mark.parametrize("spoil, problem", [
@@ -180,6 +200,7 @@ def test_a_tidy_notebook_has_no_problems(tmp_path):
     (lambda cells: cells[1].update(source=cells[1].source.replace("**Runs", "**Run")), "Runs in"),
     (lambda cells: cells[1].update(source="\n" + cells[1].source), "title"),
     (lambda cells: cells[2].update(source="%pip install -q mcd_edu"), "Colab"),
+    (lambda cells: cells.append(new_code_cell('x = "../data_samples/music_avqa"')), "Colab"),
     (lambda cells: cells.insert(3, new_markdown_cell("early")), "imports"),
 ])
 def test_a_spoilt_notebook_is_found(tmp_path, spoil, problem):

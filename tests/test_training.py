@@ -163,7 +163,8 @@ def test_learning_rate_is_the_formula(steps, warmup, top):
 @pytest.mark.parametrize("wrong", [dict(epochs=0), dict(learning_rate=0), dict(warmup=1.5),
                                    dict(learning_rate=float("nan")), dict(num_videos=0),
                                    dict(num_questions=-1), dict(clip_norm=0), dict(seed=-1),
-                                   dict(precision="half")])
+                                   dict(precision="half"), dict(learning_rate=math.inf), dict(epochs=1.5),
+                                   dict(weight_decay=-1), dict(clip_norm=math.inf), dict(seed=2**32)])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=f"TrainingConfig: {next(iter(wrong))}="):
         TrainingConfig(**wrong)

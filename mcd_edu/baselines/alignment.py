@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..encoders import TextEncoder
 from ..hub import Pretrained
 from ..layers import FeedForward, KeysValues, MultiHeadAttention, check_mask, masked_mean
-from ..model import Answer, Standardise, answer_loss, check_choices, check_named, score_choices
+from ..model import Answer, Standardise, answer_loss, check_choices, check_named, check_numbers, score_choices
 from .late_fusion import check_features, check_tokens
 
 # %% auto #0
@@ -65,13 +65,12 @@ class AlignmentConfig:
     direction:str = "visual_audio"  # KL(visual ‖ audio), or audio_visual, or both: their mean
 
     def __post_init__(self):
+        check_numbers(self)
         check_named(self, axis=("time", "features"),
                     direction=("visual_audio", "audio_visual", "both"))
         if self.axis == "features" and self.embed_dim % 2:
             raise ValueError(f"AlignmentConfig: embed_dim={self.embed_dim} has no two equal halves "
                              "for picture and sound; give an even number, or axis='time'")
-        if self.weight_kl < 0:
-            raise ValueError(f"AlignmentConfig: weight_kl={self.weight_kl}; give 0 or more")
 
 # %% ../../nbs/baselines/01_alignment.ipynb #27f645ee
 class CrossAttentionBlock(nn.Module):

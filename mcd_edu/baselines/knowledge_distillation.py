@@ -20,7 +20,7 @@ from ..data import AVQADataset
 from ..hub import Pretrained
 from ..layers import check_mask, masked_mean
 from ..media import write_tensors
-from ..model import Answer, Standardise, answer_loss, check_choices, check_named, score_choices
+from ..model import Answer, Standardise, answer_loss, check_choices, check_named, check_numbers, score_choices
 
 # %% auto #0
 __all__ = ['at_least_float32', 'masked_softmax', 'GraphAttention', 'InteractionLayer', 'BilinearFusion', 'SelfAttentivePooling',
@@ -278,14 +278,11 @@ class KDConfig:
     temperature_logits:float = 1.0       # for distillation="logit" [O]
 
     def __post_init__(self):
+        check_numbers(self)
         check_named(self, distillation=("feature", "logit", "none"))
-        if self.embed_dim % 2 or self.num_heads < 1 or self.embed_dim % self.num_heads:
+        if self.embed_dim % 2 or self.embed_dim % self.num_heads:
             raise ValueError(f"KDConfig: embed_dim={self.embed_dim}; give an even width that "
                              f"divides into num_heads={self.num_heads}")
-        for name in ("num_layers", "num_factors", "num_segments", "temperature_appearance",
-                     "temperature_motion", "temperature_logits"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"KDConfig: {name}={getattr(self, name)}; give more than 0")
 
 # %% ../../nbs/baselines/02_knowledge_distillation.ipynb #e97a494b
 class GraphState(NamedTuple):

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from ..hub import Pretrained
 from ..layers import FeedForward, KeysValues, MultiHeadAttention, check_mask, check_width, masked_mean
-from ..model import Answer, Standardise, answer_loss, check_choices, check_named, score_choices
+from ..model import Answer, Standardise, answer_loss, check_choices, check_named, check_numbers, score_choices
 
 # %% auto #0
 __all__ = ['LateFusionConfig', 'QuestionReader', 'Grounding', 'check_features', 'check_tokens', 'LateFusionState', 'LateFusion']
@@ -38,6 +38,7 @@ class LateFusionConfig:
     modalities:str = "both"         # or visual, audio, none: what the model may perceive
 
     def __post_init__(self):
+        check_numbers(self)
         check_named(self, modalities=("both", "visual", "audio", "none"))
 
 # %% ../../nbs/baselines/00_late_fusion.ipynb #1f25f750
