@@ -201,8 +201,8 @@ def forest(
     return fig
 
 # %% ../nbs/14b_claims.ipynb #ae402644
-FRACTIONS = (.1, .25, .5)            # of the training clips; the whole is among the ablations
-SPREAD = ((2, 7), (4, 3))            # times as many clips, questions a video
+FRACTIONS = {.1: 4, .25: 4, .5: 2}   # of the training clips → times as many epochs; the whole is among the ablations
+SPREAD = {2: 7, 4: 3}                # times as many clips, also in a batch → questions a video
 
 def claim_runs(
     seeds:int=5,
@@ -217,8 +217,11 @@ def claim_runs(
     plain = dict(clips=clips, aside=aside, training={"epochs": epochs})
     runs = [Run(name, seed, **plain) for seed in range(seeds) for name in wanted]
     for run in [run for run in runs if run.variant in (CLUE, LATE[0])]:
-        runs += [replace(run, clips=max(1, round(share * clips))) for share in FRACTIONS]
-        runs += [replace(run, clips=times * clips, per_video=number) for times, number in SPREAD]
+        runs += [replace(run, clips=max(1, round(share * clips)), training={"epochs": times * epochs})
+                 for share, times in FRACTIONS.items()]
+        runs += [replace(run, clips=times * clips, per_video=number,
+                         training={"epochs": epochs, "num_videos": times * run.config.num_videos})
+                 for times, number in SPREAD.items()]
     return list({run.name: run for run in runs}.values())        # a tenth of few clips may be a quarter, too
 
 # %% ../nbs/14b_claims.ipynb #ae57fda2

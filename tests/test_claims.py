@@ -58,6 +58,16 @@ def test_every_claim_has_its_runs_and_its_topic():
     assert {run.variant for run in claim_runs(1, variants=["no LEF"])} == {"no LEF"}
 
 
+def test_other_sizes_of_the_training_set_are_learned_for_about_as_many_steps():
+    """A smaller set is shown at most four times as often; more videos come in larger batches."""
+    def steps(run): return run.clips / run.config.num_videos * run.config.epochs
+    first, *others = claim_runs(1, variants=[CLUE])
+    assert {round(run.clips / first.clips, 2): round(steps(run) / steps(first), 2) for run in others} == {
+        .1: .4, .25: 1, .5: 1, 2: 1, 4: 1}
+    asked = {run.clips: (run.per_video or 14) * run.config.num_videos for run in (first, *others)}     # a batch; 14 of 16 are not aside
+    assert all(.8 < number / asked[first.clips] < 1.05 for number in asked.values())
+
+
 def test_gain_pairs_the_seeds_and_knows_which_way_is_better():
     claim = Claim("parts", "accuracy", "MCD", "no LEF")
     assert gain(claim, table({0: 70, 1: 72, 5: 99}, {1: 60, 0: 65, 2: 1})) == [5, 12]
