@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 # nbdev leaves one blank line after the imports of a module, and none after `from __future__`
 EXPORTED_IMPORTS := --config lint.isort.lines-after-imports=1 --config 'lint.isort.no-lines-before=["standard-library"]'
 
-.PHONY: help env demo test lint lab export notebooks readme docs samples encoders weights results tables claims bench
+.PHONY: help env demo test lint lab export notebooks readme docs samples encoders weights results tables search claims bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -75,10 +75,13 @@ weights: env  ## train the shipped model anew
 
 bench: env  ## measure speed and memory on this machine, then show it
 	$(BIN)/python benchmarks/model.py --bf16 --device $(DEVICE)
-	$(NOTEBOOK) nbs/experiments/speed.ipynb runs/bench/speed.ipynb
+	$(NOTEBOOK) nbs/experiments/speed.ipynb runs/bench/speed.ipynb -f params/bench.yaml
 
 tables: env  ## run the missing trainings of the table of all models, then show it
 	$(NOTEBOOK) nbs/experiments/all_models.ipynb runs/tables/all_models.ipynb -f params/all_models.yaml
+
+search: env  ## run the missing trainings of the search for defaults, on val, then show it
+	$(NOTEBOOK) nbs/experiments/search.ipynb runs/search/search.ipynb -f params/search.yaml
 
 claims: env  ## run the missing trainings of the claims table, then show it
 	$(NOTEBOOK) nbs/experiments/claims.ipynb runs/claims/claims.ipynb -f params/claims.yaml

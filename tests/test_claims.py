@@ -64,7 +64,7 @@ def test_other_sizes_of_the_training_set_are_learned_for_about_as_many_steps():
     first, *others = claim_runs(1, variants=[CLUE])
     assert {round(run.clips / first.clips, 2): round(steps(run) / steps(first), 2) for run in others} == {
         .1: .4, .25: 1, .5: 1, 2: 1, 4: 1}
-    asked = {run.clips: (run.per_video or 14) * run.config.num_videos for run in (first, *others)}     # a batch; 14 of 16 are not aside
+    asked = {run.clips: (run.per_video or 14) * run.config.num_videos for run in (first, *others)}    # 14 of 16 are not aside
     assert all(.8 < number / asked[first.clips] < 1.05 for number in asked.values())
 
 
