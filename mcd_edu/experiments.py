@@ -91,7 +91,7 @@ VARIANTS = {
 def changed(**options) -> Variant: return Variant(options=options)
 def showing(**shows) -> Variant: return Variant(shows=shows, datasets=("music_avqa",))
 
-REPEATED = {"num_questions": 2, "num_videos": 128}   # as many questions a batch, but videos repeat
+REPEATED = {"num_questions": 2, "num_videos": 64}    # as many questions a batch, but videos repeat
 ENCODERS = {"visual": ("small_visual", "untrained_visual", "pixels"), "audio": ("small_audio", "spectrum")}
 
 ABLATIONS = {
