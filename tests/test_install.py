@@ -211,13 +211,14 @@ def test_colab_installs_the_package_and_leaves_torch_alone(dist, wheel, tmp_path
 
     # a notebook that reads files of the repository clones it first
     origin = tmp_path / "origin"
-    (origin / "benchmarks").mkdir(parents=True)
-    shutil.copy(ROOT / "benchmarks" / "model.json", origin / "benchmarks")
+    shutil.copytree(ROOT / "results" / "search", origin / "results" / "search")
+    (origin / "results" / "sample_set").mkdir()
+    shutil.copy(ROOT / "results" / "sample_set" / "MCD-clipsall-seed0.json", origin / "results" / "sample_set")
     (origin / "nbs" / "experiments").mkdir(parents=True)
     (origin / "nbs" / "experiments" / "here").touch()
     for step in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "-m", "x"]):
         subprocess.run(["git", *step], cwd=origin, check=True)
-    shutil.copy(ROOT / "nbs" / "experiments" / "speed.ipynb", tmp_path)
-    clean_run([python, "-c", RUN, "speed.ipynb"], tmp_path, dist, PLOTLY_RENDERER="plotly_mimetype", GIT_CONFIG_COUNT="1",
+    shutil.copy(ROOT / "nbs" / "experiments" / "search.ipynb", tmp_path)
+    clean_run([python, "-c", RUN, "search.ipynb"], tmp_path, dist, PLOTLY_RENDERER="plotly_mimetype", GIT_CONFIG_COUNT="1",
               GIT_CONFIG_KEY_0=f"url.{origin.as_uri()}.insteadOf", GIT_CONFIG_VALUE_0="https://github.com/mcd-edu/mcd_edu")
-    assert (tmp_path / "mcd_edu" / "benchmarks" / "model.json").is_file()
+    assert (tmp_path / "mcd_edu" / "results" / "search").is_dir()
