@@ -576,7 +576,7 @@ def search_table(
     for title in sorted(best, key=lambda title: -np.mean(best[title])):
         seconds = np.mean([record["cpu_seconds"] for record in groups[title]])
         lines.append([title, str(len(best[title])), f"{np.mean(best[title]):.1f}",
-                      f"{np.std(best[title]):.1f}", f"{seconds:.0f}"])
+                      f"{np.std(best[title]):.1f}" if len(best[title]) > 1 else "–", f"{seconds:.0f}"])
     return table_lines(lines)
 
 # %% ../nbs/14_experiments.ipynb #1455c863
