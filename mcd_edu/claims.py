@@ -202,25 +202,26 @@ def forest(
 
 # %% ../nbs/14b_claims.ipynb #ae402644
 FRACTIONS = {.1: 4, .25: 4, .5: 2}   # of the training clips → times as many epochs; the whole is among the ablations
-SPREAD = {2: 7, 4: 3}                # times as many clips, also in a batch → questions a video
+SPREAD = {2: 7, 4: 3}                # times as many clips → questions a video
 
 def claim_runs(
     seeds:int=5,
     clips:int=600,           # training clips
-    epochs:int=8,
+    epochs:int=5,
+    asked:int=8,             # questions of a video in a batch: with few clips, steps are what is short
     aside:float=.125,        # share of the questions of each training video that is set aside
     variants:Sequence[str]|None=None,    # some of them; None: all
 ) -> list[Run]:              # the reference and what is most asked about first
     "All runs that the claims need. ValueError: unknown variants."
     names = ["MCD", CLUE, *LATE, *ABLATIONS, "audio only", "pictures only", "question only"]
     wanted = list(dict.fromkeys(names if variants is None else variants))
-    plain = dict(clips=clips, aside=aside, training={"epochs": epochs})
+    plain = dict(clips=clips, aside=aside, training={"epochs": epochs, "num_questions": asked})
     runs = [Run(name, seed, **plain) for seed in range(seeds) for name in wanted]
     for run in [run for run in runs if run.variant in (CLUE, LATE[0])]:
-        runs += [replace(run, clips=max(1, round(share * clips)), training={"epochs": times * epochs})
+        runs += [replace(run, clips=max(1, round(share * clips)), training={**run.training, "epochs": times * epochs})
                  for share, times in FRACTIONS.items()]
-        runs += [replace(run, clips=times * clips, per_video=number,
-                         training={"epochs": epochs, "num_videos": times * run.config.num_videos})
+        runs += [replace(run, clips=times * clips, per_video=number,       # a clip comes once an epoch, not twice
+                         training={**run.training, "num_videos": times * run.config.num_videos // 2})
                  for times, number in SPREAD.items()]
     return list({run.name: run for run in runs}.values())        # a tenth of few clips may be a quarter, too
 

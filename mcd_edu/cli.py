@@ -393,7 +393,7 @@ def experiments_run(
     everything:Annotated[bool, typer.Option("--all", help="all that the claims need")]=False,
     seeds:Annotated[int, typer.Option(min=1, help="trainings of each variant")]=5,
     clips:Annotated[int, typer.Option(min=1, help="training videos")]=600,
-    epochs:Annotated[int, typer.Option(min=1, help="passes over all questions")]=8,
+    epochs:Annotated[int, typer.Option(min=1, help="passes over all questions")]=5,
     results:Results=Path("results/claims"),
     data:SampleData=Path("data_samples/music_avqa"),
     work:Annotated[Path, typer.Option(help="folder of the checkpoints")]=Path("runs/claims"),

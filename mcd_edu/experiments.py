@@ -91,7 +91,7 @@ VARIANTS = {
 def changed(**options) -> Variant: return Variant(options=options)
 def showing(**shows) -> Variant: return Variant(shows=shows, datasets=("music_avqa",))
 
-REPEATED = {"num_questions": 2, "num_videos": 64}    # as many questions a batch, but videos repeat
+REPEATED = {"num_questions": 2, "num_videos": 32}    # as many questions a batch as 8 of 8 videos, but videos repeat
 ENCODERS = {"visual": ("small_visual", "untrained_visual", "pixels"), "audio": ("small_audio", "spectrum")}
 
 ABLATIONS = {
@@ -172,7 +172,7 @@ class Run:
 
     @property
     def config(self) -> TrainingConfig:
-        return TrainingConfig(seed=self.seed, **{**find_variant(self.variant).training, **self.training})
+        return TrainingConfig(seed=self.seed, **{**self.training, **find_variant(self.variant).training})
 
     @property
     def teacher(self) -> Run|None:
