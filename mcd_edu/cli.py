@@ -211,7 +211,7 @@ def train(
     from mcd_edu.training import TrainingConfig, ask_teacher
     from mcd_edu.training import train as train_model
     options = check_options(parse_options(model, option or ()))
-    frames = frames_of(MODELS[model][0](vocab_size=0, **options))
+    frames = frames_of(MODELS[model][0](vocab_size=1, **options))
     settings = TrainingConfig(epochs, learning_rate, seed=seed, precision=precision)
     team = Team.find(device)
     splits = load_splits(data, dataset, visual, audio, annotations, clips, skip_bad=skip_bad,

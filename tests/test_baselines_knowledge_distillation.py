@@ -534,7 +534,7 @@ def test_a_perfect_teacher_helps_a_student_with_few_videos():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(distillation="words"), "feature, logit, none"), (dict(embed_dim=9), "even width"),
-    (dict(num_heads=3), "num_heads=3"), (dict(num_layers=0), "num_layers=0"), (dict(temperature_motion=0.), "more than 0"),
+    (dict(num_heads=3), "num_heads=3"), (dict(num_layers=0), "num_layers=0"), (dict(temperature_motion=0.), "above 0"),
 ])
 def test_wrong_configuration(changes, message):
     with pytest.raises(ValueError, match=message): replace(SMALL, **changes)
