@@ -144,7 +144,7 @@ class Run:
     clips:int|None = None                # training videos; None: all
     types:bool = False                   # oracle type
     annotations:str = "json"             # which split of MUSIC-AVQA
-    training:dict = field(default_factory=dict)   # what differs from `TrainingConfig`
+    training:dict = field(default_factory=dict)   # what differs from `TrainingConfig`, if the variant leaves it open
     dataset:str = "music_avqa"           # one of `DATASETS`
     aside:float = 0.                     # share of the questions on training videos never trained on
     per_video:int|None = None            # training questions a video; None: all
