@@ -135,16 +135,13 @@ def samples(
     "Make the sample clips. Videos, features and questions; a stopped run goes on where it was."
     from mcd_edu.datasets import find_source
     from mcd_edu.inference import WEIGHTS
-    from mcd_edu.samples.action_set import build_action_set
     from mcd_edu.samples.choices import build_choice_set
-    from mcd_edu.samples.provide import check_samples, sample_config
+    from mcd_edu.samples.provide import check_samples, make_samples, sample_config
     from mcd_edu.samples.sample_set import build_sample_set
     find_source(dataset)
     if dataset != "music_avqa":
         if dataset == "avqa": build_choice_set(out, source)
-        else:
-            build_action_set(out, dataset, workers=workers)
-            check_samples(out, dataset)
+        else: make_samples(out, dataset, workers=workers)
         typer.echo(f"{dataset}: {out}")
         return
     config = replace(sample_config(clips), num_videos=videos, seed=seed)

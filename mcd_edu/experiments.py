@@ -51,9 +51,9 @@ __all__ = ['SOUND', 'SILENT', 'VARIANTS', 'REPEATED', 'ENCODERS', 'ABLATIONS', '
            'changed', 'showing', 'find_variant', 'Run', 'question_digest', 'read_record', 'is_done', 'folder_of',
            'make_features', 'by_lot', 'hold_back', 'encoders_of', 'read_splits', 'config_of', 'teacher_of', 'train_run',
            'answers_per_second', 'AskedSet', 'pack', 'unpack', 'read_truth', 'measure_part', 'measure', 'run_one',
-           'missing_runs', 'teach', 'run_grid', 'try_one', 'search_table', 'Result', 'load_result', 'load_results',
-           'by_title', 'summary', 'learning_curve', 'by_dataset', 'score_datasets', 'Cost', 'cost', 'table_lines',
-           'overview_table', 'number', 'full_table', 'gains', 'behind', 'cost_table']
+           'missing_runs', 'teach', 'run_grid', 'try_one', 'best_val', 'search_table', 'Result', 'load_result',
+           'load_results', 'by_title', 'summary', 'learning_curve', 'by_dataset', 'score_datasets', 'Cost', 'cost',
+           'table_lines', 'overview_table', 'number', 'full_table', 'gains', 'behind', 'cost_table']
 
 # %% ../nbs/14_experiments.ipynb #5d6b7315
 SOUND, SILENT = ("music_avqa", "avqa"), ("msvd_qa", "msrvtt_qa")
@@ -561,6 +561,12 @@ def try_one(
     write_whole(file, lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
     return file
 
+def best_val(
+    record:dict,             # see `read_record`
+) -> float:                  # per cent
+    "Accuracy on val after the best epoch."
+    return 100 * max(entry["val"] for entry in record["history"])
+
 def search_table(
     results:str|Path,        # folder of a search
 ) -> str:
@@ -570,8 +576,7 @@ def search_table(
         record = read_record(file, tested=False)
         groups[Run(**record["run"]).title].append(record)
     if not groups: raise DataError(f"{results}: no result files there; run a search first")
-    best = {title: [100 * max(entry["val"] for entry in record["history"]) for record in group]
-            for title, group in groups.items()}
+    best = {title: [best_val(record) for record in group] for title, group in groups.items()}
     lines = [["", "seeds", "val, per cent", "spread", "core seconds"]]
     for title in sorted(best, key=lambda title: -np.mean(best[title])):
         seconds = np.mean([record["cpu_seconds"] for record in groups[title]])
@@ -610,10 +615,11 @@ def load_result(
 def load_results(
     folder:str|Path,         # of result files
     data:str|Path|Mapping[str, str|Path],    # folder of their dataset, or dataset → folder
+    pattern:str="*.json",    # the names of those that are wanted
 ) -> list[Result]:           # by name
-    "All results of a folder, predictions rebuilt. DataError: broken, or of another test set."
-    files, asked, results = sorted(Path(folder).glob("*.json")), {}, []
-    if not files: raise DataError(f"{folder}: no result files there; run a grid first")
+    "All results of a folder, predictions rebuilt. DataError: none, broken, or of another test set."
+    files, asked, results = sorted(Path(folder).glob(pattern)), {}, []
+    if not files: raise DataError(f"{folder}: no result files {pattern} there; run a grid first")
     for file in files:
         record = read_record(file)
         run = Run(**record["run"])

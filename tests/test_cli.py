@@ -20,7 +20,7 @@ from mcd_edu.data import Vocabulary
 from mcd_edu.inference import WEIGHTS, Answerer, Reply
 from mcd_edu.media import write_video
 from mcd_edu.model import MCD, MCDConfig
-from mcd_edu.samples import action_set, choices, provide, sample_set
+from mcd_edu.samples import choices, provide, sample_set
 from mcd_edu.samples.choices import build_choice_set
 from mcd_edu.samples.sample_set import SampleSetConfig, split_scenes, write_annotations
 from mcd_edu.training import save_checkpoint
@@ -375,7 +375,7 @@ def test_evaluate_for_a_person_and_for_a_program(call, data, trained):
 
 def test_samples_of_the_other_datasets(call, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(action_set, "build_action_set", lambda *args, **options: seen.append((*args, options)))
+    monkeypatch.setattr(provide, "build_action_set", lambda *args, **options: seen.append((*args, options)))
     monkeypatch.setattr(choices, "build_choice_set", lambda *args: seen.append(args))
     monkeypatch.setattr(provide, "check_samples", lambda *args: seen.append(args))
     for name in ("avqa", "msvd_qa"):
