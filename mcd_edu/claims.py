@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .experiments import ABLATIONS, Result, Run, table_lines
 from .measures import LOOKS, Paired, all_right, over_seeds, separability, verdict
+from .results import Result, table_lines
+from .variants import ABLATIONS, Run
 
 # %% auto #0
 __all__ = ['MEASURES', 'LOWER_IS_BETTER', 'TOPICS', 'CLUE', 'LATE', 'PARTS', 'PAIRS', 'CLAIMS', 'Table', 'COLOURS', 'FRACTIONS',

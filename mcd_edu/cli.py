@@ -399,7 +399,8 @@ def experiments_run(
 ):
     "Train variants over seeds. What is done is kept; a stopped run goes on where it was."
     from mcd_edu.claims import claim_runs
-    from mcd_edu.experiments import ABLATIONS, VARIANTS, run_grid
+    from mcd_edu.experiments import run_grid
+    from mcd_edu.variants import ABLATIONS, VARIANTS
     if bool(names) == everything:
         raise ValueError("name some variants, or give --all; there are "
                          + ", ".join(name for name in VARIANTS | ABLATIONS))
@@ -417,7 +418,7 @@ def experiments_table(
 ):
     "Read results. Right answers of each variant with intervals, or verdicts on the claims."
     from mcd_edu.claims import CLAIMS, judge, reference_table
-    from mcd_edu.experiments import MICRO, by_title, load_results, summary
+    from mcd_edu.results import MICRO, by_title, load_results, summary
     found = load_results(results, data)
     if verdicts: judged = judge(CLAIMS, reference_table(found))
     if verdicts and as_json:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from notebooks import read_parameters, run_notebook
 
-from mcd_edu.experiments import VARIANTS, Run, run_one
+from mcd_edu.experiments import run_one
 from mcd_edu.training import make_toy_set
+from mcd_edu.variants import VARIANTS, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "experiments" / "all_models.ipynb"

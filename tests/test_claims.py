@@ -29,8 +29,9 @@ from mcd_edu.claims import (
 from mcd_edu.cli import main
 from mcd_edu.data import MUSIC_AVQA
 from mcd_edu.evaluation import Predictions
-from mcd_edu.experiments import ABLATIONS, VARIANTS, Result, Run, load_results
+from mcd_edu.results import Result, load_results
 from mcd_edu.training import make_toy_set
+from mcd_edu.variants import ABLATIONS, VARIANTS, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "experiments" / "claims.ipynb"

@@ -11,41 +11,40 @@ from mcd_edu.data import DataError
 from mcd_edu.datasets import DATASETS, load_splits
 from mcd_edu.evaluation import ROWS, averages, compare, predict, score
 from mcd_edu.experiments import (
-    ABLATIONS,
-    VARIANTS,
-    Result,
-    Run,
     answers_per_second,
-    behind,
-    by_dataset,
-    by_title,
-    cost,
-    cost_table,
     encoders_of,
-    find_variant,
     folder_of,
-    gains,
     hold_back,
-    learning_curve,
-    load_results,
     make_features,
     missing_runs,
-    overview_table,
     pack,
     question_digest,
     read_splits,
     read_truth,
     run_grid,
     run_one,
-    score_datasets,
-    search_table,
-    summary,
     try_one,
     unpack,
 )
 from mcd_edu.models import MODELS, config_for
+from mcd_edu.results import (
+    Result,
+    behind,
+    by_dataset,
+    by_title,
+    cost,
+    cost_table,
+    gains,
+    learning_curve,
+    load_results,
+    overview_table,
+    score_datasets,
+    search_table,
+    summary,
+)
 from mcd_edu.samples import action_set
 from mcd_edu.training import TrainingConfig, load_checkpoint, make_toy_set
+from mcd_edu.variants import ABLATIONS, VARIANTS, Run, find_variant
 
 MICRO = "micro (all questions)"
 BRIEF = dict(epochs=2, num_videos=4)
