@@ -1,4 +1,4 @@
-"""A run is its settings; its file is kept, checked and read back; summaries average over seeds."""
+"""A run leaves a file that is kept, checked and read back; a grid does so for many; a search leaves test alone."""
 
 import json
 from dataclasses import asdict, fields, replace
@@ -8,11 +8,10 @@ import pytest
 
 from mcd_edu import experiments
 from mcd_edu.data import DataError
-from mcd_edu.datasets import DATASETS, load_splits
-from mcd_edu.evaluation import ROWS, averages, compare, predict, score
+from mcd_edu.datasets import load_splits
+from mcd_edu.evaluation import compare, predict
 from mcd_edu.experiments import (
     answers_per_second,
-    encoders_of,
     folder_of,
     hold_back,
     make_features,
@@ -28,25 +27,17 @@ from mcd_edu.experiments import (
 )
 from mcd_edu.models import MODELS, config_for
 from mcd_edu.results import (
-    Result,
-    behind,
     by_dataset,
-    by_title,
     cost,
     cost_table,
-    gains,
     learning_curve,
     load_results,
-    overview_table,
-    score_datasets,
     search_table,
-    summary,
 )
 from mcd_edu.samples import action_set
 from mcd_edu.training import TrainingConfig, load_checkpoint, make_toy_set
-from mcd_edu.variants import ABLATIONS, VARIANTS, Run, find_variant
+from mcd_edu.variants import VARIANTS, Run
 
-MICRO = "micro (all questions)"
 BRIEF = dict(epochs=2, num_videos=4)
 
 
@@ -80,48 +71,7 @@ def go(data, tmp_path):
     return go
 
 
-def fake(variant, seed, right, clips=None, videos=None, **record) -> Result:
-    """A result whose answers are right where they are told to be."""
-    from mcd_edu.evaluation import Predictions
-    number = len(right)
-    truth = Predictions(np.asarray(right, int), np.ones(number, int), np.arange(number) % 9,
-                        np.arange(number) // 4 if videos is None else videos, np.arange(number))
-    return Result(Run(variant, seed, clips), truth, replace(truth, predicted=1 - truth.predicted),
-                  clips or 99, {"train_questions": 8 * (clips or 99), **record})
-
-
 # Runs ------------------------------------------------------------------------------------------
-
-def test_names_of_files_and_rows():
-    run = Run("late fusion", 2, 300, True, "json_by_question")
-    assert run.name == "late_fusion-clips300-types-json_by_question-seed2"
-    assert run.title == "late fusion, 300 clips, oracle type, json_by_question"
-    assert Run("MCD").name == "MCD-clipsall-seed0" and Run("MCD", 5).title == "MCD"
-    other = Run("student (feature KD)", 1, dataset="msvd_qa")
-    assert (other.name, other.title) == ("msvd_qa-student_feature_KD-clipsall-seed1", "student (feature KD), msvd_qa")
-    assert other.teacher == Run("graph teacher", 1, dataset="msvd_qa") and other.teacher.teacher is None
-    runs = [Run(v, s, c, t, dataset=d) for v in VARIANTS for d in VARIANTS[v].datasets
-            for s in (0, 1) for c in (None, 9) for t in (False, True)]
-    assert {run.dataset for run in runs} == set(DATASETS)
-    assert len({run.name for run in runs}) == len(runs) == 2 * len({run.title for run in runs})
-
-
-@pytest.mark.parametrize("options, message", [
-    (dict(variant="video only"), "choose one of MCD"), (dict(training=dict(epoch=3)), "epoch"),
-    (dict(training=dict(seed=3)), "seed"), (dict(training=dict(epochs=0)), "epochs=0"),
-    (dict(dataset="msvd"), "choose one of music_avqa, avqa, msvd_qa, msrvtt_qa"),
-    (dict(variant="audio only", dataset="msvd_qa"), "for music_avqa, avqa"),
-    (dict(variant="motion only", dataset="avqa"), "for msvd_qa, msrvtt_qa"),
-    (dict(variant="no text objects", dataset="avqa"), "for music_avqa"),
-    (dict(variant="predicted types only", types=True), "leave out types"),
-    (dict(aside=1.), "aside=1.0"), (dict(aside=-.1), "below 1"), (dict(per_video=-1), "at least one question"),
-    (dict(options={"embed_dim": 8}), "a name of letters"), (dict(label="../x"), "label '../x'"),
-])
-def test_runs_that_cannot_be_are_refused(options, message):
-    with pytest.raises(ValueError, match=message) as error:
-        Run(**{"variant": "MCD", **options})
-    assert "\n" not in str(error.value)
-
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "music_avqa" in VARIANTS[name].datasets])
 def test_every_variant_runs(go, data, variant):
@@ -395,46 +345,6 @@ def test_files_of_the_first_form_are_read(go, data, tmp_path):
     assert not missing_runs([old.run], tmp_path / "results") and "| – |" in cost_table({"MCD": [old]})
 
 
-# One table -------------------------------------------------------------------------------------
-
-def records(seconds=10., epochs=2, timed=2):
-    return dict(parameters=1000, training=dict(epochs=epochs), cpu_seconds=seconds, timed_epochs=timed,
-                answers_per_second=500)
-
-
-def test_costs_leave_out_what_was_resumed():
-    right = np.ones(9)
-    group = [fake("MCD", 0, right, **records(10.)), fake("MCD", 1, right, **records(20.)),
-             fake("MCD", 2, right, **records(1., timed=1))]
-    assert cost(group) == (1000, 15., 500.)
-    assert np.isnan(cost(group[2:]).seconds) and "| – |" in cost_table({"MCD": group[2:]})
-
-
-def test_a_table_shows_where_the_reference_is_beaten():
-    good, bad = np.arange(180) % 4 > 0, np.arange(180) % 4 > 2
-    results = [fake(variant, seed, right, **records()) for seed in (0, 1)
-               for variant, right in (("MCD", bad), ("AVST-style", good), ("question only", bad))]
-    table = by_dataset(results)["music_avqa"]
-    assert list(table) == ["MCD", "question only", "AVST-style"]          # the order of VARIANTS
-    found = gains(table)
-    assert list(found) == ["question only", "AVST-style"]
-    assert found["AVST-style"] == compare(*([r.test for r in table[name]] for name in ("MCD", "AVST-style")))
-    lost = behind(found)
-    assert {variant for variant, *_ in lost} == {"AVST-style"} and MICRO in [row for _, row, _ in lost]
-    assert behind(found, rows=[MICRO]) == [("AVST-style", MICRO, found["AVST-style"][MICRO])]
-    lines = cost_table(table).splitlines()
-    assert len({line.count("|") for line in lines}) == 1 and "| -50.0 (" in lines[-1] and "1,000" in lines[-1]
-    overview = overview_table(score_datasets(results))
-    assert "| **75.0** (" in overview.splitlines()[-1] and overview.count("**") == 2
-    assert gains({"AVST-style": table["AVST-style"]}) == {}
-
-
-def test_one_table_holds_one_size_of_training_set():
-    right = np.ones(9)
-    with pytest.raises(ValueError, match="clips differs"):
-        by_dataset([fake("MCD", 0, right), fake("AVST-style", 0, right, clips=3)])
-
-
 def test_speed_is_counted_in_answers(data):
     from mcd_edu.models import build
     part = load_splits(data)["test"]
@@ -503,79 +413,7 @@ def test_the_digest_sees_questions_and_answers_and_not_their_order(data):
         assert question_digest([replace(questions[0], **change), *questions[1:]]) != question_digest(questions)
 
 
-# Summaries -------------------------------------------------------------------------------------
-
-def test_a_summary_averages_over_seeds():
-    generator = np.random.default_rng(0)
-    results = [fake(variant, seed, generator.random(90) < .5)
-               for seed in (2, 0, 1) for variant in ("MCD", "question only")]
-    assert [r.run.seed for r in by_title(results)["MCD"]] == [0, 1, 2]
-    table = summary(results)
-    assert list(table) == ["MCD", "question only"] and tuple(table["MCD"]) == ROWS
-    group = [r.test for r in results if r.run.variant == "MCD"]
-    each = [averages(p.right, p.types) for p in group]
-    for row in ROWS:
-        assert table["MCD"][row].value == pytest.approx(np.mean([values[row] for values in each]))
-    assert table["MCD"] == score(group)
-    control = summary(results, "shuffled")
-    assert control["MCD"][MICRO].value == pytest.approx(100 - table["MCD"][MICRO].value)
-
-
-def test_seeds_do_not_narrow_what_the_clips_leave_open():
-    """Ten seeds with the same answers are as uncertain as one."""
-    right = np.repeat(np.arange(20) % 2, 4)
-    one = summary([fake("MCD", 0, right)])["MCD"][MICRO]
-    assert summary([fake("MCD", seed, right) for seed in range(10)])["MCD"][MICRO] == pytest.approx(one)
-
-
-def test_seeds_twice_or_other_settings_are_not_averaged():
-    right = np.ones(9)
-    with pytest.raises(ValueError, match="twice"):
-        summary([fake("MCD", 0, right), fake("MCD", 0, right)])
-    other = fake("MCD", 1, right)
-    other = replace(other, run=replace(other.run, training=dict(epochs=3)))
-    with pytest.raises(ValueError, match="different settings"):
-        summary([fake("MCD", 0, right), other])
-
-
-def test_a_learning_curve_has_a_point_for_each_number_of_clips():
-    generator = np.random.default_rng(0)
-    results = [fake("MCD", seed, generator.random(90) < share, clips)
-               for clips, share in ((None, .9), (10, .3), (30, .6)) for seed in (0, 1)]
-    results += [fake("question only", 0, np.ones(90))]
-    points = learning_curve(results, row="Visual (all)")
-    assert [(p["clips"], p["seeds"], p["questions"]) for p in points] == [(10, 2, 80), (30, 2, 240), (99, 2, 792)]
-    wanted = summary(results)["MCD, 30 clips"]["Visual (all)"]
-    assert points[1]["score"] == wanted
-    with pytest.raises(ValueError, match="no runs of 'MCD' with types=True"):
-        learning_curve(results, types=True)
-
-
-# Ablations, questions set aside, a search ---------------------------------------------------------
-
-def test_every_ablation_is_a_model_of_its_own_and_its_files_have_names_of_their_own(data):
-    train = load_splits(data)["train"]
-    configs = {}
-    for name in ABLATIONS:
-        variant = find_variant(name)
-        assert variant.options or variant.shows or variant.training, name
-        configs[name] = (json.dumps(variant.options, sort_keys=True), str(variant.shows), str(variant.training))
-        config_for("mcd", train, **variant.options)      # not refused
-    assert len(set(configs.values())) == len(ABLATIONS) and not set(ABLATIONS) & set(VARIANTS)
-    runs = [Run(name, dataset=find_variant(name).datasets[0]) for name in VARIANTS | ABLATIONS]
-    assert len({run.name for run in runs}) == len(runs)
-    with pytest.raises(ValueError, match="choose one of MCD"):
-        find_variant("MCD2")
-
-
-def test_names_of_runs_with_more_settings():
-    run = Run("no L_av", 1, 600, aside=.125, per_video=4, label="wide one", options={"embed_dim": 8})
-    assert run.name == "no_L_av-wide_one-clips600-aside12_5-per4-seed1"
-    assert run.title == "no L_av, wide one, 600 clips, 12.5 % aside, 4 questions a video"
-    config = TrainingConfig(3, num_videos=32, num_questions=2)       # what makes the variant stays
-    assert Run("repeated videos", training={"num_videos": 4, "epochs": 3}).config == config
-    assert encoders_of(Run("pixels + spectrum, late")) == ["pixels", "spectrum"] and encoders_of(Run("MCD")) == []
-
+# What is shown, set aside, measured; a search --------------------------------------------------
 
 @pytest.mark.parametrize("name, keywords, kinds", [
     ("no text objects", False, 0), ("types only, oracle", False, 1), ("predicted types only", False, 1),
