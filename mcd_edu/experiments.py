@@ -30,6 +30,7 @@ from mcd_edu.measures import (
     examine,
     mean_surprise,
     pointing_of,
+    reliability,
     some_questions,
 )
 
@@ -285,11 +286,11 @@ def measure_part(
     model:nn.Module,
     part:AVQADataset,
 ) -> dict:
-    "How right and how sure; the columns allow a reliability diagram."
+    "How right and how sure, as figures and as the rows of a diagram."
     found = examine(model, part)
     return {"questions": len(part), "accuracy": float(found.right.mean()), "loss": mean_surprise(found),
-            "calibration_error": calibration_error(found), "right": pack(found.right),
-            "confidence": pack(np.round(255 * found.confidence).astype(int))}     # in steps of 1/255
+            "calibration_error": calibration_error(found),
+            "reliability": [[round(x, 5) for x in row] for row in reliability(found)]}
 
 def measure(
     model:nn.Module,                 # trained

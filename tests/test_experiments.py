@@ -472,10 +472,12 @@ def test_what_is_measured_is_what_the_model_does(go, data):
             continue
         said = predict(model, part)
         assert parts[name]["accuracy"] == said.right.mean() and parts[name]["questions"] == len(part)
-        assert unpack(parts[name]["right"]).tolist() == said.right.tolist()
+        sure, right, share = np.array(parts[name]["reliability"]).T
+        assert share.sum() == pytest.approx(1, abs=1e-4) and share @ right == pytest.approx(said.right.mean(), abs=1e-4)
+        assert share @ abs(sure - right) == pytest.approx(parts[name]["calibration_error"], abs=1e-4)
         assert 0 < parts[name]["loss"] and 0 <= parts[name]["calibration_error"] <= 1
     assert set(measured["disturbed"]) == {f"{s}, {n}" for s in ("visual", "audio") for n in ("noise", "missing")}
-    assert file.stat().st_size < 10_000 and load_results(file.parent, data)[0].record["measured"] == measured
+    assert file.stat().st_size < 8_000 and load_results(file.parent, data)[0].record["measured"] == measured
     truth = read_truth(data)
     assert set(truth) == set(load_splits(data)["test"].videos)
     assert measured["pointing"]["words, sound"]["all"][0] > 0
