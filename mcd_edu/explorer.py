@@ -291,7 +291,7 @@ class Controls:
         "What each card wants to see."
         return [Look(*card.who.value, self.level.value, self.head.value) for card in self.cards]
 
-# %% ../nbs/13b_explorer.ipynb #83ff37a3
+# %% ../nbs/13b_explorer.ipynb #6695982d
 FIRST = "How many instruments are sounding in the video?"
 
 class Explorer:
