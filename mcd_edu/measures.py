@@ -6,7 +6,6 @@
 from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
-from itertools import combinations
 from math import comb
 from typing import NamedTuple
 
@@ -121,9 +120,9 @@ def diversity(
     maps:np.ndarray,         # attention of the questions of one video, k … t
 ) -> np.ndarray:             # …; nan for a single question
     "Mean divergence of the pairs of questions."
-    pairs = list(combinations(range(len(maps)), 2))
-    if not pairs: return np.full(maps.shape[1:-1], np.nan)
-    return np.mean([divergence(maps[i], maps[j]) for i, j in pairs], 0)
+    one, two = np.triu_indices(len(maps), 1)
+    if not len(one): return np.full(maps.shape[1:-1], np.nan)
+    return divergence(maps[one], maps[two]).mean(0)
 
 # %% ../nbs/13b_measures.ipynb #057b41fe
 def asked_about(
