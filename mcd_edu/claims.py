@@ -109,12 +109,12 @@ Table = Mapping[str, Sequence[Result]]       # variant → its seeds
 
 def by_seed(
     results:Sequence[Result],
-    measure:str,             # one of `MEASURES`
+    measure:str|Callable[[Result], float],   # one of `MEASURES`, or such a function
 ) -> dict[int, float]:       # seed → number; runs whose file does not hold it are left out
     "The measure of each seed."
     found = {}
     for result in results:
-        try: value = MEASURES[measure](result)
+        try: value = (measure if callable(measure) else MEASURES[measure])(result)
         except KeyError: continue
         if np.isfinite(value): found[result.run.seed] = value
     return found

@@ -97,10 +97,12 @@ def summary(
             for title, group in by_title(results).items()}
 
 # %% ../nbs/14a_results.ipynb #ecc97f47
+MICRO = "micro (all questions)"
+
 def learning_curve(
     results:Sequence[Result],
     variant:str="MCD",
-    row:str="micro (all questions)",     # of `ROWS`
+    row:str=MICRO,           # of `ROWS`
     types:bool=False,
     annotations:str="json",
     draws:int=1000,
@@ -161,8 +163,6 @@ def cost(
                 mean([r["answers_per_second"] for r in records if "answers_per_second" in r]))
 
 # %% ../nbs/14a_results.ipynb #aa14e014
-MICRO = "micro (all questions)"
-
 def table_lines(
     lines:Sequence[Sequence[str]],   # the first is the head
 ) -> str:
