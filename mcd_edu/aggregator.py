@@ -24,9 +24,9 @@ SHARING = {          # which streams share an attention → the number of a stre
     "none": lambda level, modality: 2 * level + modality,   # nobody shares
 }
 
-# %% ../nbs/06_aggregator.ipynb #c3cf0e9c
+# %% ../nbs/06_aggregator.ipynb #d2eb86cd
 class Aggregator(nn.Module):
-    "The question collects clues at the low, then at the high level. ValueError. [P][F], FFN [O]"
+    "Clues at the low, then at the high level. ValueError: `sharing`, `top_k`, shapes. [P][F], FFN [O]"
     def __init__(self,
         embed_dim:int,    # width d
         num_heads:int=4,  # heads h of each attention

@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .measures import LOOKS, Paired, all_right, over_seeds, separability, verdict
+from .measures import LOOKS, Paired, Pointing, all_right, over_seeds, separability, verdict
 from .results import Result, table_lines
 from .variants import ABLATIONS, Run
 
 # %% auto #0
 __all__ = ['MEASURES', 'LOWER_IS_BETTER', 'TOPICS', 'CLUE', 'LATE', 'PARTS', 'PAIRS', 'CLAIMS', 'Table', 'COLOURS', 'FRACTIONS',
            'SPREAD', 'part_of', 'pointing_above_chance', 'mean_diversity', 'Claim', 'by_seed', 'gain', 'Judged',
-           'judge', 'with_interval', 'claims_table', 'headline', 'forest', 'claim_runs', 'setting', 'reference_table',
-           'curve']
+           'judge', 'holm', 'with_interval', 'claims_table', 'headline', 'forest', 'claim_runs', 'setting',
+           'reference_table', 'curve']
 
 # %% ../nbs/14b_claims.ipynb #a924d15e
 def part_of(
@@ -35,9 +35,9 @@ def pointing_above_chance(
     look:str,                # one of `LOOKS`
     kind:str="all",          # or a question type
 ) -> float:
-    "Attention on the decisive seconds, less the higher of its two chances, points. KeyError: not there."
-    _, mass, _, chance, elsewhere = result.record["measured"]["pointing"][look][kind]
-    return 100 * (mass - max(chance, elsewhere))
+    "Attention on the decisive seconds, less the highest of its three chances, points. KeyError: not there."
+    found = Pointing(*result.record["measured"]["pointing"][look][kind])
+    return 100 * (found.mass - max(found.even, found.elsewhere, found.mates))
 
 def mean_diversity(
     result:Result,
@@ -47,6 +47,9 @@ def mean_diversity(
 
 MEASURES:dict[str, Callable[[Result], float]] = {    # name → number of a run
     "accuracy": lambda r: 100 * float(r.test.right.mean()),
+    "train accuracy": lambda r: 100 * part_of(r, "train", "accuracy"),
+    "train loss": lambda r: part_of(r, "train", "loss"),
+    "accuracy, another clip": lambda r: 100 * float(r.shuffled.right.mean()),
     "train − test accuracy": lambda r: 100 * (part_of(r, "train", "accuracy") - part_of(r, "test", "accuracy")),
     "test − train loss": lambda r: part_of(r, "test", "loss") - part_of(r, "train", "loss"),
     "test loss": lambda r: part_of(r, "test", "loss"),
@@ -54,6 +57,7 @@ MEASURES:dict[str, Callable[[Result], float]] = {    # name → number of a run
     "seen − unseen videos": lambda r: 100 * (part_of(r, "seen", "accuracy") - part_of(r, "test", "accuracy")),
     "4 questions all right": lambda r: 100 * all_right(r.test, 4),
     "told apart": lambda r: 100 * separability(r.test, same_type=True),
+    "told apart by the clip": lambda r: MEASURES["told apart"](r) - 100 * separability(r.shuffled, same_type=True),
     "clue diversity": mean_diversity,
     **{f"pointing: {look}": lambda r, look=look: pointing_above_chance(r, look) for look in LOOKS},
     **{f"accuracy, {name}": lambda r, name=name: 100 * r.record["measured"]["disturbed"][name]
@@ -84,10 +88,11 @@ TOPICS = {   # short name → what the paper says [P], or we [O]
     "association": "Soft association with a residual keeps information that others lose. [P]",
     "parts": "Each part helps: LEF, shared hierarchical aggregator, both contrastive losses. [P]",
     "backbones": "The method generalises over backbones. [P]",
+    "added": "The gate and the places, which we added to the LEF, help. [O]",
     "pointing": "The clues point at the seconds that decide. [O]",
 }
 CLUE, LATE = "clue only, matched", ("late fusion, matched", "late add, matched", "late gate, matched")
-PARTS = ("no LEF", "plain LEF", "no text objects", "an aggregator a modality", "an aggregator a level",
+PARTS = ("no LEF", "no text objects", "an aggregator a modality", "an aggregator a level",
          "four aggregators", "low only", "high only", "low and high in parallel", "no L_av", "no L_kd",
          "no L_av, no L_kd")
 PAIRS = [name for name in ABLATIONS if " + " in name and not name.endswith(", late")]
@@ -96,11 +101,12 @@ CLAIMS = (
     *(Claim("overfitting", measure, CLUE, late) for late in LATE
       for measure in ("accuracy", *LOWER_IS_BETTER)),
     *(Claim("questions", measure, CLUE, late) for late in LATE
-      for measure in ("4 questions all right", "told apart", "clue diversity")),
+      for measure in ("4 questions all right", "told apart by the clip", "clue diversity")),
     *(Claim("association", "accuracy", "MCD", other) for other in ("no residual", "hard association", "N = 0")),
     *(Claim("parts", "accuracy", "MCD", other) for other in PARTS),
     Claim("backbones", "accuracy", CLUE, LATE[0]),
     *(Claim("backbones", "accuracy", pair, f"{pair}, late") for pair in PAIRS),
+    Claim("added", "accuracy", "MCD", "plain LEF"),
     *(Claim("pointing", f"pointing: {look}", "MCD") for look in LOOKS),
 )
 
@@ -147,6 +153,15 @@ def judge(
         return Judged(claim, found, verdict(found))
     return [one(claim) for claim in claims]
 
+def holm(
+    judged:Sequence[Judged],
+) -> list[float]:            # one a claim; nan: not measured, or with one seed
+    "p-values corrected for their number, so that all of them together err in one table of twenty."
+    p = np.array([np.nan if one.found is None else one.found.p for one in judged])
+    order = np.argsort(p)[:np.isfinite(p).sum()]
+    p[order] = np.maximum.accumulate(np.minimum(1, p[order] * np.arange(len(order), 0, -1)))
+    return p.tolist()
+
 # %% ../nbs/14b_claims.ipynb #94f13e4f
 def with_interval(found:Paired|None, digits:int=2) -> str:
     "Such as +1.20 (+0.85 to +1.55)."
@@ -157,7 +172,7 @@ def with_interval(found:Paired|None, digits:int=2) -> str:
 def claims_table(
     judged:Sequence[Judged],
 ) -> str:
-    "A line a claim: measure, what is compared, by how much, p, seeds, verdict."
+    "A line a claim: measure, what is compared, by how much, p (not corrected), seeds, verdict."
     lines = [["measure", "claim", "by how much", "p", "seeds", "verdict"]]
     for claim, found, said in judged:
         known = found is not None
@@ -184,18 +199,20 @@ def forest(
     judged:Sequence[Judged],
     title:str,
 ):                           # a figure; None: nothing was measured
-    "Gains in units of their own spread over seeds, so that points and nats share an axis."
+    "Gains with their intervals, each drawn to fill its line, so that points and nats share an axis."
     from plotly import graph_objects as go  # comes with the notebooks, not with the package
+
+    from mcd_edu.visual import TEMPLATE
     known = [one for one in judged if one.found is not None and one.found.seeds > 1]
     if not known: return None
-    fig = go.Figure()
+    fig = go.Figure(layout_template=TEMPLATE)
     for claim, found, said in known:
         unit = max(abs(found.low), abs(found.high), 1e-9)
         fig.add_scatter(x=[found.value / unit], y=[f"{claim.measure}: {claim.text}"], mode="markers",
                         marker=dict(color=COLOURS[said], size=8), hovertext=with_interval(found), showlegend=False,
                         error_x=dict(array=[(found.high - found.value) / unit], color="#c3ccd6"))
     fig.add_vline(0, line=dict(color="#5b6672", width=1))
-    fig.update_layout(template="plotly_white", width=720, height=110 + 22 * len(known), title=title, font_size=11,
+    fig.update_layout(width=720, height=110 + 22 * len(known), title=title, font_size=11,
                       margin=dict(l=10, r=15, t=50, b=40), xaxis_title="against ← 0 → for the claim (each line in its own unit)")
     fig.update_xaxes(range=[-1.1, 1.1])
     fig.update_yaxes(autorange="reversed", automargin=True)
@@ -224,12 +241,14 @@ def claim_runs(
         runs += [replace(run, clips=times * clips, per_video=number,       # a clip comes once an epoch, not twice
                          training={**run.training, "num_videos": times * run.config.num_videos // 2})
                  for times, number in SPREAD.items()]
-    return list({run.name: run for run in runs}.values())        # a tenth of few clips may be a quarter, too
+    runs = {run.name: run for run in runs}.values()              # a tenth of few clips may be a quarter, too
+    return sorted(runs, key=lambda run: run.seed)                # seed by seed: what is there early can be read
 
 # %% ../nbs/14b_claims.ipynb #ae57fda2
 def setting(run:Run) -> tuple:
     "What has to be equal in one table: all but variant and seed."
-    return run.clips, run.per_video, run.aside, run.types, run.annotations, run.dataset, run.label
+    return (run.clips, run.per_video, run.aside, run.types, run.annotations, run.dataset, run.label,
+            tuple(sorted(run.training.items())))
 
 def reference_table(
     results:Sequence[Result],

@@ -417,15 +417,18 @@ def experiments_table(
     debug:Debug=False,
 ):
     "Read results. Right answers of each variant with intervals, or verdicts on the claims."
-    from mcd_edu.claims import CLAIMS, judge, reference_table
+    from mcd_edu.claims import CLAIMS, judge, reference_table, with_interval
     from mcd_edu.results import MICRO, by_title, load_results, summary
+    def numbers(found):
+        return {name: None if found is None or math.isnan(value := getattr(found, part)) else value
+                for name, part in (("gain", "value"), ("from", "low"), ("to", "high"), ("p", "p"))}
     found = load_results(results, data)
     if verdicts: judged = judge(CLAIMS, reference_table(found))
     if verdicts and as_json:
         typer.echo(json.dumps([{"claim": one.claim.text, "measure": one.claim.measure, "verdict": one.verdict,
-                                "gain": one.found and one.found.value} for one in judged], indent=1))
+                                "seeds": one.found.seeds if one.found else 0, **numbers(one.found)} for one in judged], indent=1))
     elif verdicts:
-        for one in judged: typer.echo(f"{one.verdict:24}{one.claim.measure}: {one.claim.text}")
+        for one in judged: typer.echo(f"{one.verdict:24}{with_interval(one.found):28}{one.claim.measure}: {one.claim.text}")
     else:
         scores = {title: table[MICRO] for title, table in summary(found).items()}
         seeds = {title: len(group) for title, group in by_title(found).items()}

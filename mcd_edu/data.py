@@ -204,16 +204,18 @@ def group_by_video(
     video:np.ndarray,            # number of each question's video, n
     num_questions:int=16,        # at most so many questions of a video in a group
     seed:int|None=None,          # shuffles groups, and questions within a video; None: in order
+    together:int=1,              # so many groups of a video stay side by side
 ) -> list[np.ndarray]:           # numbers of the questions, k' each
-    "Every question once, in groups that share a video."
+    "Every question once, in groups that share a video. ValueError: `num_questions` below 1."
     if num_questions < 1: raise ValueError(f"num_questions is {num_questions}; ask for at least 1")
     generator = np.random.default_rng(seed)
     order = np.arange(len(video)) if seed is None else generator.permutation(len(video))
     by_video = order[np.argsort(video[order], kind="stable")]
     groups = np.split(by_video, np.flatnonzero(np.diff(video[by_video])) + 1)
-    groups = [group[i:i + num_questions] for group in groups
-              for i in range(0, len(group), num_questions)]
-    return groups if seed is None else [groups[i] for i in generator.permutation(len(groups))]
+    groups = [[group[i:i + num_questions] for i in range(0, len(group), num_questions)] for group in groups]
+    blocks = [group[i:i + together] for group in groups for i in range(0, len(group), together)]
+    if seed is not None: blocks = [blocks[i] for i in generator.permutation(len(blocks))]
+    return [group for block in blocks for group in block]
 
 # %% ../nbs/00_data.ipynb #628af9e4
 def trim(
@@ -236,7 +238,7 @@ class VideoBatch:
     question_mask:Tensor     # b k, bool: the question is there
     video_ids:Tensor         # b, number of the video
     question_ids:Tensor      # b k, the annotation's ids
-    choices:Tensor|None=None # b k c n, word numbers of the candidates, if there are any
+    choices:Tensor|None=None # b k c l, word numbers of the candidates, if there are any
 
     def to(self,
         device,              # such as "cpu" or "cuda"
@@ -298,9 +300,10 @@ class AVQADataset:
         num_questions:int=16,        # at most so many questions of a video at a time
         seed:int|None=None,          # shuffles videos and questions; None: in order
         workers:int=0,               # processes that lay out batches; of no influence on them
+        together:int=1,              # so many rows of a video stay side by side
     ) -> DataLoader:                 # of VideoBatch
         "Every question once; the questions of a video stay together."
-        groups = group_by_video(self.video.numpy(), num_questions, seed)
+        groups = group_by_video(self.video.numpy(), num_questions, seed, together)
         return DataLoader(groups, num_videos, collate_fn=self.collate, num_workers=workers)
 
     def collate(self,

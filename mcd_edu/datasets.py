@@ -50,7 +50,7 @@ def whole_number(
     value:object,            # such as 7, 7.0 or "7"
     key:str,
 ) -> int:
-    "A number from 0. ValueError."
+    "A number from 0. ValueError: anything else, or longer than 18 digits."
     if not re.fullmatch(r"[0-9]{1,18}(\.0)?", str(value)):
         raise ValueError(f"{key} {value!r} is not a whole number")
     return int(str(value).removesuffix(".0"))
@@ -59,7 +59,7 @@ def some_text(
     value:object,
     key:str,
 ) -> str:                    # without blanks around it
-    "A text with at least one word. ValueError."
+    "A text with at least one word. ValueError: not a text, or no word in it."
     if not isinstance(value, str) or not tokenize(value):
         raise ValueError(f"{key} {value!r} has no words")
     return value.strip()

@@ -186,9 +186,10 @@ class Feed:
         num_videos:int=32,           # videos a batch, of the whole team
         num_questions:int=16,        # at most so many questions of a video at a time
         seed:int|None=None,          # shuffles; the same for all processes
+        together:int=1,              # so many rows of a video stay side by side
     ) -> Iterable[VideoBatch]:
         "Those of `AVQADataset.batches`, without features."
-        return self.light.batches(num_videos, num_questions, seed)
+        return self.light.batches(num_videos, num_questions, seed, together=together)
 
     def complete(self,
         batch:VideoBatch,            # from `batches`

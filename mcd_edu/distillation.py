@@ -30,7 +30,7 @@ def similarities(
     second:Tensor,          # unit vectors, p d
     temperature:float=0.07, # smaller is sharper
 ) -> Tensor: # cosines divided by the temperature, n p
-    "Every `first` with every `second`, in float32 or finer even under autocast. ValueError. [O]"
+    "Every `first` with every `second`, in float32 or finer even under autocast. ValueError: temperature, shapes. [O]"
     if temperature <= 0:
         raise ValueError(f"similarities: temperature={temperature}; give a number above 0")
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
@@ -58,7 +58,7 @@ def contrastive_loss(
     weight:Tensor|None=None,      # how much a row counts, bool or float, n
     candidates:Tensor|None=None,  # bool, False where a column is padding, p
 ) -> Tensor: # one number, in nats, never below 0
-    "InfoNCE `first` → `second`, many positives, each against the negatives. ValueError. [P][O]"
+    "InfoNCE `first` → `second`, many positives, each against the negatives. ValueError: see `similarities`; `positives`. [P][O]"
     n, p = len(first), len(second)
     if positives.dtype != torch.bool or positives.shape != (n, p):
         raise ValueError(f"contrastive_loss: positives must be bool, rows as first, columns as "
@@ -99,7 +99,7 @@ def association_loss(
     video_ids:Tensor|None=None, # equal for copies of one video; None: all differ, b
     temperature:float=0.07,     # smaller is sharper
 ) -> Tensor: # L_av, one number, in nats
-    "Picture and sound of one video find each other, both ways. ValueError. [P][F]"
+    "Picture and sound of one video find each other, both ways. ValueError: shapes differ. [P][F]"
     if pooled_visual.shape != pooled_audio.shape:
         raise ValueError(f"association_loss: pooled_visual is {tuple(pooled_visual.shape)}, "
                          f"pooled_audio {tuple(pooled_audio.shape)}; give b d for both")
@@ -111,16 +111,16 @@ def association_loss(
 # %% ../nbs/08_distillation.ipynb #9fb5bcad
 class SharedSpace(NamedTuple):
     "Pictures, sounds and questions as unit vectors of one space."
-    visual:Tensor   # z_v, b s
-    audio:Tensor    # z_a, b s
-    question:Tensor # z_q, b k s
+    visual:Tensor   # z_v, b r
+    audio:Tensor    # z_a, b r
+    question:Tensor # z_q, b k r
 
 
 class Projection(nn.Sequential):
     "linear → GELU → linear → length 1: a door into the shared space. [F], depth [O]"
     def __init__(self,
         embed_dim:int,  # width d that comes in
-        shared_dim:int, # width s of the shared space
+        shared_dim:int, # width r of the shared space
     ):
         super().__init__(nn.Linear(embed_dim, embed_dim), nn.GELU(),
                          nn.Linear(embed_dim, shared_dim))
@@ -132,8 +132,8 @@ class Projection(nn.Sequential):
 
 # %% ../nbs/08_distillation.ipynb #d27c2657
 def approximation_loss(
-    question:Tensor,          # z_q, unit vectors, b k s
-    media:Tensor,             # z_v or z_a, unit vectors, b s
+    question:Tensor,          # z_q, unit vectors, b k r
+    media:Tensor,             # z_v or z_a, unit vectors, b r
     ids:Tensor,               # equal for copies of one video, b
     valid:Tensor|None=None,   # True = this question exists, b k
     temperature:float=0.07,   # smaller is sharper
@@ -143,13 +143,13 @@ def approximation_loss(
     k = question.shape[1]
     valid = ids.new_ones(question.shape[:2], dtype=torch.bool) if valid is None else valid
     check_mask("approximation_loss", valid, question.shape[:2], "b k")
-    rows, weight = rearrange(question, "b k s -> (b k) s"), rearrange(valid, "b k -> (b k)")
+    rows, weight = rearrange(question, "b k r -> (b k) r"), rearrange(valid, "b k -> (b k)")
     if kind == "nce":
         row_ids = repeat(ids, "b -> (b k)", k=k)
         there, back = same_video(row_ids, ids), same_video(ids, row_ids)
         return (contrastive_loss(rows, media, there, temperature, weight=weight)
                 + contrastive_loss(media, rows, back, temperature, candidates=weight)) / 2
-    own = repeat(media, "b s -> (b k) s", k=k)
+    own = repeat(media, "b r -> (b k) r", k=k)
     if kind == "mse":
         return weighted_mean((rows - own).square().sum(1), weight)
     target = similarities(own, media, temperature).softmax(1).detach()  # what the video sees
@@ -161,7 +161,7 @@ class SemanticApproximation(nn.Module):
     "L_kd: questions meet their video's pictures and sounds in one space. [P][F], variants [O]"
     def __init__(self,
         embed_dim:int,            # width d of features and questions
-        shared_dim:int=128,       # width s of the shared space [O]
+        shared_dim:int=128,       # width r of the shared space [O]
         temperature:float=0.07,   # smaller is sharper [O]
         kind:str="nce",           # nce: contrastive [P]; kl or mse: variants [O]
         stop_gradient:bool=False, # True: the audio-visual features teach and do not learn [O]
@@ -184,7 +184,7 @@ class SemanticApproximation(nn.Module):
         low_audio:Tensor,      # projected audio features f_a, b t d
         question:Tensor,       # combinatorial question embedding, pooled, b k d
         mask:Tensor|None=None, # True = this segment exists, b t
-    ) -> SharedSpace: # z_v and z_a, b s; z_q, b k s
+    ) -> SharedSpace: # z_v and z_a, b r; z_q, b k r
         "Mean over the segments, project, bring to length 1. ValueError: shapes."
         check_width("SemanticApproximation low_visual", low_visual, "b t d", self.embed_dim)
         check_width("SemanticApproximation low_audio", low_audio, "b t d", self.embed_dim)

@@ -40,7 +40,8 @@ def to_predictions(
     questions:Sequence[Question],    # in any order
     schema:Schema=MUSIC_AVQA,
 ) -> Predictions:
-    "Answers given as words, by a rule or a file, in the form and order of `predict`. ValueError."
+    """Answers given as words, by a rule or a file, in the form and order of `predict`.
+    ValueError: not one answer a question, or one that the schema does not have."""
     if len(predicted) != len(questions) or not len(questions):
         raise ValueError(f"to_predictions: {len(predicted)} answers to {len(questions)} questions; "
                          "give one answer for each question")
@@ -114,7 +115,7 @@ def averages(
     types:np.ndarray,        # n, number of the question type
     schema:Schema=MUSIC_AVQA,
 ) -> dict[str, float]:       # per cent, by the names of `rows_of(schema)`
-    "Accuracy of each type and modality, and the three averages that papers mix up. ValueError."
+    "Accuracy of each type and modality, and the three averages that papers mix up. ValueError: not n of each."
     check_rows(schema, right, types)
     total, count = (np.bincount(types, weights, len(schema.question_types)).astype(float)
                     for weights in (right, None))
@@ -124,7 +125,7 @@ def averages(
 def other_clips(
     batch:VideoBatch,
     data:AVQADataset,        # where the batch comes from
-) -> VideoBatch:             # the same questions before the features of another video
+) -> VideoBatch:             # the same questions, shown the features of another video
     "Show each video the features of the one before it in the set. ValueError where there is one."
     if len(data.videos) < 2:
         raise ValueError("shuffle_videos: the set has one video; give a set of at least two")
@@ -254,7 +255,7 @@ def compare(
     draws:int=1000,
     seed:int=0,              # of the bootstrap
 ) -> dict[str, Score]:       # first − second, by the names of `ROWS`
-    "Paired bootstrap of a difference: both see the same drawn videos. ValueError."
+    "Paired bootstrap of a difference: both see the same drawn videos. ValueError: other questions."
     check_same(first_of(first), first_of(second))
     return score_rows(mean_right(first) - mean_right(second), first_of(first), draws, seed)
 

@@ -44,7 +44,7 @@ from .other_encoders import OTHER_ENCODERS, draw_features
 from .question_types import show_objects
 from .samples.action_set import ACTION_SETS, build_action_set
 from .samples.scenes import Scene
-from .training import ask, ask_teacher, load_checkpoint, save_checkpoint, train
+from .training import TrainingConfig, ask, ask_teacher, load_checkpoint, save_checkpoint, train
 from .variants import ENCODERS, Run, find_variant
 
 # %% auto #0
@@ -84,7 +84,8 @@ def is_done(
     "Is the result there? DataError where it is of a run with other settings."
     if not file.is_file(): return False
     record, training = read_record(file, tested), asdict(run.config)
-    other = {k: v for k, v in record["training"].items() if k in training and training[k] != v}
+    noted = {**asdict(TrainingConfig()), **record["training"]}   # early files lack what is newer
+    other = {k: v for k, v in noted.items() if k in training and training[k] != v}
     if replace(Run(**record["run"]), training={}) != replace(run, training={}) or other:
         raise DataError(f"{file}: holds a run with other settings; give another folder of results "
                         f"or delete the file ({other or record['run']})")

@@ -104,7 +104,7 @@ class Studio:
         return name
 
     def watch(self, model:str, path:Path) -> tuple[Segments, VideoState]:
-        "See `Answerer.watch`; a file that has not changed is watched once. MediaError."
+        "See `Answerer.watch`; a file that has not changed is watched once. MediaError: no such file."
         if not path.is_file(): raise MediaError(f"{path}: no such file; give the path of a video")
         about = path.stat()
         key = model, path, about.st_mtime_ns, about.st_size

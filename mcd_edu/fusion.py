@@ -123,4 +123,5 @@ class NoFusion(nn.Module):
         question:Tensor, # question as the aggregator leaves it, b k l d
         *unused,         # all that `LocalElementFusion` takes
     ) -> tuple[Tensor, None]: # b k l d, and no weights
+        "LN(q)."
         return self.question_norm(question), None

@@ -4,6 +4,7 @@
 
 # %% ../nbs/13b_measures.ipynb #ebf2b262
 from __future__ import annotations
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from math import comb
@@ -23,8 +24,8 @@ from .training import ask
 # %% auto #0
 __all__ = ['LOOKS', 'UNDECIDED', 'HOLDS', 'FAILS', 'Evidence', 'examine', 'reliability', 'calibration_error', 'mean_surprise',
            'all_right', 'separability', 'divergence', 'diversity', 'asked_about', 'decisive_seconds', 'Pointing',
-           'point', 'attention_maps', 'collect_maps', 'diversity_of', 'pointing_of', 'disturbed', 'some_questions',
-           't_angles', 'Paired', 'over_seeds', 'verdict']
+           'point', 'attention_maps', 'collect_maps', 'diversity_of', 'beside_it', 'pointing_of', 'disturbed',
+           'some_questions', 't_angles', 'Paired', 'over_seeds', 'verdict']
 
 # %% ../nbs/13b_measures.ipynb #336df5d2
 class Evidence(NamedTuple):
@@ -163,22 +164,28 @@ class Pointing(NamedTuple):
     questions:int            # that have decisive seconds
     mass:float               # attention on them, 0 … 1
     hit:float                # share of questions whose most attended second is one of them
-    chance:float             # both, for attention that is spread evenly
-    elsewhere:float          # mass on the seconds of another question of the type
+    even:float               # mass, for attention that is spread evenly
+    elsewhere:float          # mass on the seconds of a question about another clip
+    mates:float              # mass that other questions about the clip lay on them
+    hit_chance:float         # hit, by the best of three ways to guess
 
 def point(
     maps:np.ndarray,         # attention of each question, rows that sum to 1, n t
     truth:np.ndarray,        # decisive seconds, bool, n t
     other:np.ndarray,        # those of another question of the same type, on another clip, n t
+    mates:np.ndarray,        # attention of the clip's other questions, mean, n t
+    peaks:np.ndarray,        # share of them that attend most to a second, n t
 ) -> Pointing:
     "Compare attention and truth. ValueError: shapes, or no questions."
-    if not maps.shape == truth.shape == other.shape or maps.ndim != 2 or not len(maps):
-        raise ValueError(f"point: maps {maps.shape}, truth {truth.shape}, other {other.shape}; give "
-                         "n t for all three, at least one question")
+    shapes = {x.shape for x in (maps, truth, other, mates, peaks)}
+    if len(shapes) > 1 or maps.ndim != 2 or not len(maps):
+        raise ValueError(f"point: shapes {sorted(shapes)}; give n t for all five, at least one question")
     best = maps.argmax(-1)[:, None]
-    means = ((maps * truth).sum(-1), np.take_along_axis(truth, best, -1), truth,
-             (maps * other).sum(-1))
-    return Pointing(len(maps), *(float(np.mean(x)) for x in means))
+    masses = (maps * truth).sum(-1), truth, (maps * other).sum(-1), (mates * truth).sum(-1)
+    mass, *chances = (float(np.mean(x)) for x in masses)
+    hit, *guesses = (float(np.mean(x)) for x in (np.take_along_axis(truth, best, -1), np.take_along_axis(other, best, -1),
+                                                 (peaks * truth).sum(-1)))
+    return Pointing(len(maps), mass, hit, *chances, max(*guesses, float(truth.mean(0).max())))
 
 # %% ../nbs/13b_measures.ipynb #e91daf93
 LOOKS = ("words, pictures", "words, sound", "objects, pictures", "objects, sound")
@@ -228,26 +235,38 @@ def diversity_of(
         if values: found[look] = float(np.mean(values))
     return found
 
+def beside_it(
+    maps:Mapping[int, np.ndarray],   # from `collect_maps`
+    look:int,                        # number of the look
+    question_id:int,
+    clip:Sequence[int],              # ids of all questions about its clip
+) -> tuple[np.ndarray, np.ndarray]:  # t each; its own where it is alone
+    "Where the other questions about a clip look: their mean, and how many have their peak where."
+    others = [maps[i][look] for i in clip if i != question_id and maps[i][look].any()]
+    others = np.array(others or [maps[question_id][look]])
+    return others.mean(0), np.eye(others.shape[1])[others.argmax(1)].mean(0)
+
 def pointing_of(
     maps:Mapping[int, np.ndarray],   # from `collect_maps`
     questions:Sequence[Question],
     scenes:Mapping[str, Scene],      # video → truth; others do not count
 ) -> dict[str, dict[str, Pointing]]: # look → "all" and each question type → pointing
     "Pointing of each look; types without decisive seconds are left out."
-    types = {}
+    types, clips = defaultdict(list), defaultdict(list)
     for q in questions:
         if q.video_id not in scenes: continue
+        clips[q.video_id].append(q.question_id)
         seconds = decisive_seconds(q, scenes[q.video_id], maps[q.question_id].shape[-1])
-        if seconds is None: continue
-        types.setdefault(" ".join(q.question_type), []).append((maps[q.question_id], seconds))
+        if seconds is not None: types[" ".join(q.question_type)].append((q, seconds))
     found = {}
     for i, look in enumerate(LOOKS):
         columns = {}
         for name in sorted(types):       # the other question is half the list away: on another clip
-            used = [(x[i], seconds) for x, seconds in types[name] if x[i].any()]
+            used = [(q, seconds) for q, seconds in types[name] if maps[q.question_id][i].any()]
             if not used: continue
-            looks, truth = (np.array(column) for column in zip(*used))
-            columns[name] = looks, truth, np.roll(truth, len(truth) // 2, 0)
+            looks, truth = np.array([maps[q.question_id][i] for q, _ in used]), np.array([seconds for _, seconds in used])
+            beside = [beside_it(maps, i, q.question_id, clips[q.video_id]) for q, _ in used]
+            columns[name] = looks, truth, np.roll(truth, len(truth) // 2, 0), *map(np.array, zip(*beside))
         if not columns: continue
         columns = {"all": [np.concatenate(parts) for parts in zip(*columns.values())], **columns}
         found[look] = {name: point(*column) for name, column in columns.items()}
@@ -260,7 +279,7 @@ def disturbed(
     stream:str,              # visual or audio
     noise:float|None,        # in spreads; None: the stream is missing
     seed:int=0,
-) -> AVQADataset:            # the same questions before worse features
+) -> AVQADataset:            # the same questions, with worse features
     "A copy with noise on one stream, or without it. ValueError: unknown stream, negative noise."
     if stream not in ("visual", "audio") or (noise is not None and noise < 0):
         raise ValueError(f"disturbed: stream={stream!r}, noise={noise}; give visual or audio, and "
@@ -316,7 +335,7 @@ def over_seeds(
     if n < 2: return Paired(mean, *[float("nan")] * 3, n)
     angles, inside = t_angles(n - 1)
     error, root = float(values.std(ddof=1)) / n ** .5, (n - 1) ** .5
-    wide = error * root * np.tan(np.interp(.95, inside, angles))
+    wide = float(error * root * np.tan(np.interp(.95, inside, angles)))
     angle = np.arctan2(abs(mean), error * root)          # θ of t = mean / error, also for error 0
     p = 1. if mean == 0 else float(1 - np.interp(angle, angles, inside))
     return Paired(mean, mean - wide, mean + wide, p, n)

@@ -200,7 +200,7 @@ class Standardise(nn.Module):
 # %% ../nbs/09_model.ipynb #9e74de3d
 def check_choices(
     num_choices:int,         # candidates that the model was built for; 0: a classifier
-    choices:Tensor|None,     # word numbers of the candidates, b k c n
+    choices:Tensor|None,     # word numbers of the candidates, b k c l
     tokens:Tensor,           # word numbers of the questions, b k l
 ) -> None:
     "ValueError where candidates are missing, superfluous or too few."
@@ -214,7 +214,7 @@ def check_choices(
 def score_choices(
     text:nn.Module,          # the model's own text encoder
     described:Tensor,        # what the head says of the answer, b k d
-    choices:Tensor,          # word numbers of the candidates, 0 is padding, b k c n
+    choices:Tensor,          # word numbers of the candidates, 0 is padding, b k c l
 ) -> Tensor: # logits, b k c
     "How well each candidate fits the description: a dot product, divided by √d. [O]"
     candidates = masked_mean(text(choices), choices != 0)
@@ -225,7 +225,7 @@ def answer_loss(
     answers:Tensor,                   # numbers of the right answers, −1: not known, b k
     question_mask:Tensor|None=None,   # True where a question is there, b k
 ) -> Tensor: # one number
-    "Mean cross-entropy of the questions that are there and whose answer is known. ValueError."
+    "Mean cross-entropy of the questions that are there and whose answer is known. ValueError: shapes."
     if answers.shape != logits.shape[:2]:
         raise ValueError(f"answer_loss: answers {tuple(answers.shape)}; give one number for each of "
                          f"the b k = {tuple(logits.shape[:2])} questions")
@@ -293,7 +293,7 @@ class MCD(nn.Module, Pretrained, kind="mcd", make_config=MCDConfig):
         tokens:Tensor,               # word numbers of the questions, 0 is padding, b k l
         objects:Tensor,              # word numbers of their text objects, 0 is padding, b k m
         need_clues:bool=False,       # return the attention that was used?
-        choices:Tensor|None=None,    # word numbers of the candidates, 0 is padding, b k c n
+        choices:Tensor|None=None,    # word numbers of the candidates, 0 is padding, b k c l
     ) -> Answer:
         "Answer from the questions alone, clues written into them. ValueError: bad shapes."
         self.check_questions(state, tokens, objects, choices)
@@ -340,7 +340,7 @@ class MCD(nn.Module, Pretrained, kind="mcd", make_config=MCDConfig):
         state:VideoState,
         tokens:Tensor,               # b k l
         objects:Tensor,              # b k m
-        choices:Tensor|None=None,    # b k c n
+        choices:Tensor|None=None,    # b k c l
     ) -> None:
         "ValueError unless each video has its questions and each question its row of objects."
         b = len(state.low[0])

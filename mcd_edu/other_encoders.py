@@ -32,6 +32,7 @@ class Pixels(nn.Module):
     def forward(self,
         frames:Tensor,       # the frames of a second, uint8, n f h w 3
     ) -> Tensor:             # n 256
+        "8 × 8 mean colours, and how much each square changes in the second. [O]"
         x = frames.float() / 255
         squares = "n {} (row h) (column w) c -> n ({}row column)"
         colours = reduce(x[:, :1], squares.format("f", "c "), "mean", row=8, column=8)
@@ -47,6 +48,7 @@ class Spectrum(nn.Module):
     def forward(self,
         waveform:Tensor,     # one second each at 16 kHz, n samples
     ) -> Tensor:             # n 192
+        "Mean, spread and peak of each mel band. [O]"
         x = self.log_mel(waveform)
         return torch.cat([x.mean(1), x.std(1), x.amax(1)], -1)
 
@@ -92,7 +94,7 @@ def draw_features(
     names:Sequence[str],     # of `OTHER_ENCODERS`
     workers:int=2,           # processes; 0: no other than this one
 ) -> None:
-    "Write feats/<name>/<video>.npy where they are missing. ValueError, DataError."
+    "Write feats/<name>/<video>.npy where they are missing. ValueError: unknown encoder. DataError: no scenes."
     if unknown := sorted(set(names) - set(OTHER_ENCODERS)):
         raise ValueError(f"encoder {unknown[0]!r}; choose among {', '.join(OTHER_ENCODERS)}")
     for name in names:

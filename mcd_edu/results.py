@@ -29,7 +29,7 @@ class Result:
     "A finished run."
     run:Run
     test:Predictions         # what it answered
-    shuffled:Predictions     # what it answered before another clip: the control
+    shuffled:Predictions     # what it answered when shown another clip: the control
     clips:int                # training videos
     record:dict              # everything else in its file
 
@@ -140,7 +140,7 @@ def score_datasets(
     results:Sequence[Result],
     draws:int=1000,
 ) -> dict[str, dict[str, dict[str, Score]]]:     # dataset → variant → row → value and interval
-    "`score` of every model on every dataset, each averaged over its seeds. ValueError."
+    "`score` of every model on every dataset, each averaged over its seeds. ValueError: runs on other questions."
     return {name: {variant: score([one.test for one in group], draws) for variant, group in table.items()}
             for name, table in by_dataset(results).items()}
 

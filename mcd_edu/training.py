@@ -107,7 +107,8 @@ class TrainingConfig:
     warmup:float = 0.1              # share of all steps
     weight_decay:float = 0.01       # of matrices, not of norms and biases
     num_videos:int = 8              # videos a batch
-    num_questions:int = 16          # questions of a video in a batch
+    num_questions:int = 16          # questions of a video in a row of a batch
+    together:int = 1                # rows of a video that stay side by side
     clip_norm:float = 1.0           # longest gradient
     seed:int = 0
     precision:str = "float32"       # or bfloat16: matrix products in half precision, losses never
@@ -116,7 +117,7 @@ class TrainingConfig:
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"TrainingConfig: precision={self.precision!r}; "
                              "choose float32 or bfloat16")
-        for name in ("epochs", "num_videos", "num_questions"):
+        for name in ("epochs", "num_videos", "num_questions", "together"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"TrainingConfig: {name}={value}; give a whole number above 0")
         for name in ("learning_rate", "clip_norm"):
@@ -262,7 +263,7 @@ def train_epoch(
     team, step = feed.team, step or Step(model, feed.team, config.precision)
     model.train()
     torch.manual_seed(config.seed * 10_000 + epoch + (team.rank << 32))
-    batches = feed.batches(config.num_videos, config.num_questions, config.seed * 10_000 + epoch)
+    batches = feed.batches(config.num_videos, config.num_questions, config.seed * 10_000 + epoch, config.together)
     steps, sums, guard = len(batches), defaultdict(float), Guard(config, epoch, team.device)
     for i, batch in enumerate(batches):
         rate = learning_rate(epoch * steps + i, config.epochs * steps, config)
@@ -371,7 +372,7 @@ def differences(
     return "; ".join(parts)
 
 # %% ../nbs/10_training.ipynb #d1bff977
-NEWER = {"precision": "float32"}     # settings that bookmarks of early versions do not name
+NEWER = {"precision": "float32", "together": 1}      # settings that bookmarks of early versions do not name
 
 class Progress:
     "What a training leaves in its folder after each epoch, so that it can be resumed."

@@ -50,7 +50,7 @@ VARIANTS = {
 def changed(**options) -> Variant: return Variant(options=options)
 def showing(**shows) -> Variant: return Variant(shows=shows, datasets=("music_avqa",))
 
-REPEATED = {"num_questions": 2, "num_videos": 32}    # as many questions a batch as 8 of 8 videos, but videos repeat
+REPEATED = {"num_questions": 2, "num_videos": 32, "together": 4}     # 8 videos in a batch, but in 4 rows each
 ENCODERS = {"visual": ("small_visual", "untrained_visual", "pixels"), "audio": ("small_audio", "spectrum")}
 
 ABLATIONS = {

@@ -16,6 +16,7 @@ from mcd_edu.claims import (
     MEASURES,
     TOPICS,
     Claim,
+    Judged,
     by_seed,
     claim_runs,
     claims_table,
@@ -23,12 +24,15 @@ from mcd_edu.claims import (
     forest,
     gain,
     headline,
+    holm,
     judge,
+    pointing_above_chance,
     reference_table,
 )
 from mcd_edu.cli import main
 from mcd_edu.data import MUSIC_AVQA
 from mcd_edu.evaluation import Predictions
+from mcd_edu.measures import Paired
 from mcd_edu.results import Result, load_results
 from mcd_edu.training import make_toy_set
 from mcd_edu.variants import ABLATIONS, VARIANTS, Run
@@ -56,6 +60,7 @@ def test_every_claim_has_its_runs_and_its_topic():
     assert {name for claim in CLAIMS for name in (claim.better, claim.than) if name} <= trained
     assert {claim.topic for claim in CLAIMS} == set(TOPICS) and len(set(CLAIMS)) == len(CLAIMS)
     assert set(ABLATIONS) <= trained and len({run.name for run in runs}) == len(runs)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert runs[0].variant == "MCD" and len(claim_runs(5)) * 2 == len(runs) * 5
     assert {run.variant for run in claim_runs(1, variants=["no LEF"])} == {"no LEF"}
 
@@ -96,6 +101,30 @@ def test_verdicts_and_tables():
     row = next(line for line in headline(judged).splitlines() if line.startswith(f"| {TOPICS['parts']}"))
     assert row.endswith("| 4 | 1 | 1 | 1 | 1 |")
     assert len(forest(judged, "x").data) == 3 and forest(judge(claims, {}), "x") is None
+
+
+def test_holm_by_hand():
+    judged = [Judged(None, None if p is None else Paired(1, 0, 2, p, 3), "") for p in (.01, None, .04, .03, float("nan"), .5)]
+    np.testing.assert_allclose(holm(judged), [.04, np.nan, .09, .09, np.nan, .5])
+    assert holm([]) == []
+
+
+def test_the_controls_take_away_what_does_not_come_from_the_clip():
+    result = made_up("MCD", 0, 50)
+    right = replace(result.test, answers=np.arange(100) % 2)                     # ten questions of a clip, two answers
+    told = replace(result, test=replace(right, predicted=right.answers), shuffled=replace(right, predicted=right.answers))
+    assert MEASURES["told apart"](told) == 100 and MEASURES["told apart by the clip"](told) == 0
+    told = replace(told, shuffled=replace(right, predicted=0 * right.answers))
+    assert MEASURES["told apart by the clip"](told) == 100
+    row = [9, .5, 1., .3, .2, .45, .9]           # questions, mass, hit, even, elsewhere, mates, chance of a hit
+    result.record["measured"]["pointing"] = {"words, sound": {"all": row}}
+    assert pointing_above_chance(result, "words, sound") == pytest.approx(5)
+
+
+def test_other_training_settings_stand_in_another_table():
+    results = [made_up("MCD", 0, 50, training={"epochs": 5}), made_up("no LEF", 0, 50, training={"epochs": 1}),
+               made_up("N = 0", 0, 50, training={"epochs": 5})]
+    assert set(reference_table(results)) == {"MCD", "N = 0"}
 
 
 def test_only_one_setting_stands_in_a_table():
@@ -143,10 +172,13 @@ def test_the_command_line_reads_what_it_made(chain, capsys):
     assert len(rows) == 3 and all(row["seeds"] == 1 for row in rows.values())
     main(["experiments", "table", *where, "--claims"])
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == len(CLAIMS) and "undecided on this data  accuracy: MCD better than no LEF" in out
+    line = next(line for line in out if line.endswith("accuracy: MCD better than no LEF"))
+    assert len(out) == len(CLAIMS) and line.startswith("undecided on this data") and "(one seed)" in line
     main(["experiments", "table", *where, "--claims", "--json"])
     said = json.loads(capsys.readouterr().out)
     assert {one["verdict"] for one in said} == {"undecided on this data", "not measured yet"}
+    (one,) = [one for one in said if one["claim"] == "MCD better than no LEF"]
+    assert one["seeds"] == 1 and np.isfinite(one["gain"]) and one["from"] is one["to"] is one["p"] is None
 
 
 @pytest.mark.parametrize("words, message", [

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections import Counter
 from dataclasses import fields
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -339,12 +340,12 @@ def test_groups_hold_every_question_once(counts, num, seed):
 
 
 @given(counts=st.lists(st.integers(1, 6), min_size=1, max_size=5), num_videos=st.integers(1, 9),
-       num_questions=st.integers(1, 9), seed=st.none() | st.integers(0, 1000))
+       num_questions=st.integers(1, 9), seed=st.none() | st.integers(0, 1000), together=st.integers(1, 3))
 @settings(max_examples=30)
-def test_every_question_once_an_epoch(tmp_path_factory, counts, num_videos, num_questions, seed):
+def test_every_question_once_an_epoch(tmp_path_factory, counts, num_videos, num_questions, seed, together):
     data = make_data(tmp_path_factory.mktemp("data"), counts)
     met = []
-    for batch in data.batches(num_videos, num_questions, seed):
+    for batch in data.batches(num_videos, num_questions, seed, together=together):
         assert batch.question_mask[:, 0].all() and len(batch.video_ids) <= num_videos
         assert batch.question_mask.shape[1] <= num_questions
         assert (batch.visual[:, 0, 0] == batch.video_ids).all()
@@ -353,6 +354,16 @@ def test_every_question_once_an_epoch(tmp_path_factory, counts, num_videos, num_
             assert question.video_id == data.videos[batch.video_ids[b]]
             met.append(question.question_id)
     assert sorted(met) == [q.question_id for q in data.questions]
+
+
+def test_groups_of_a_video_stay_side_by_side():
+    video = np.repeat([0, 1, 2], [6, 3, 8])
+    order = [int(video[group[0]]) for group in group_by_video(video, 1, 0, together=3)]
+    blocks = [order[i:i + 3] for i in (0, 3, 6, 9, 12)]
+    runs = [len(list(run)) for _, run in groupby(order)]
+    assert Counter(order) == {0: 6, 1: 3, 2: 8} and min(runs) >= 2 and any(len({*block}) == 1 for block in blocks)
+    plain = group_by_video(video, 2, 7)
+    assert [group.tolist() for group in plain] == [group.tolist() for group in group_by_video(video, 2, 7, together=1)]
 
 
 def same(first, second):

@@ -199,10 +199,39 @@ def test_a_source_that_always_sounds_decides_nothing():
 def test_point_by_hand():
     truth, other = np.array([[1, 1, 0, 0], [0, 1, 0, 0]], bool), np.array([[0, 0, 1, 0], [0, 0, 0, 1]], bool)
     maps = np.array([[.4, .2, .4, 0], [.1, .2, .7, 0]])
-    found = point(maps, truth, other)
-    assert found == pytest.approx((2, (.6 + .2) / 2, .5, (.5 + .25) / 2, (.4 + 0) / 2))
-    even = point(np.full((2, 4), .25), truth, other)
-    assert even.mass == pytest.approx(even.chance)
+    mates, peaks = np.array([[.1, .1, .4, .4], [.3, .3, .4, 0]]), np.array([[.5, 0, 0, .5], [0, .25, .75, 0]])
+    found = point(maps, truth, other, mates, peaks)
+    masses, guesses = [(.5 + .25) / 2, (.4 + 0) / 2, (.2 + .3) / 2], [(0 + 0) / 2, (.5 + .25) / 2, 2 / 2]
+    assert found == pytest.approx((2, (.6 + .2) / 2, .5, *masses, max(guesses)))
+    even = np.full((2, 4), .25)
+    found = point(even, truth, other, even, even)
+    assert found.mass == pytest.approx(found.even) == pytest.approx(found.mates)
+
+
+def test_the_chance_of_a_hit_is_the_best_guess():
+    truth, other = np.eye(4, dtype=bool), np.roll(np.eye(4, dtype=bool), 1, 0)
+    maps, nowhere = np.eye(4)[[0, 1, 3, 3]], np.zeros((4, 4))
+    assert point(maps, truth, other, nowhere, nowhere).hit_chance == .25             # any second
+    assert point(maps, truth, maps > 0, nowhere, nowhere).hit_chance == 1.           # another clip's seconds
+    assert point(maps, truth, other, nowhere, np.eye(4)[[0, 1, 2, 0]]).hit_chance == .75     # as the clip's others
+
+
+@pytest.mark.parametrize("blind", ["any source", "number of sources", "always early"])
+def test_attention_that_does_not_hear_the_question_points_at_nothing(blind):
+    """Two sources of a clip at different times, a question about each, one map for both."""
+    scenes, maps, asked = {}, {}, []
+    for i in range(6):
+        clip, late = str(i), i % 3
+        scenes[clip] = Scene(clip, i, "indoor", (player("cello", "left", 0, 3 + late), player("tuba", "right", 2 + late, 8)))
+        for name in ("cello", "tuba"):
+            asked.append(Question(len(asked), clip, f"Is there a {name} sound?", ("Audio", "Counting"), (name,), "yes"))
+        sounding = sum(decisive_seconds(q, scenes[clip], 10).astype(float) for q in asked[-2:])
+        weights = {"any source": sounding > 0, "number of sources": sounding, "always early": np.arange(10) < 2}[blind]
+        maps |= {q.question_id: np.tile(weights / weights.sum(), (4, 1)) for q in asked[-2:]}
+    for look in pointing_of(maps, asked, scenes).values():
+        found = look["all"]
+        assert found.mass <= max(found.even, found.elsewhere, found.mates) + 1e-9
+        assert found.hit <= found.hit_chance + 1e-9
 
 
 def test_maps_of_a_model_sum_to_one_and_are_those_of_the_answer(splits):
@@ -233,9 +262,9 @@ def test_pointing_of_attention_that_knows_the_truth_and_of_one_that_does_not(spl
     found = pointing_of(knows, asked, scenes)
     assert list(found) == list(LOOKS[:2]) and list(found[LOOKS[0]]) == ["all", "Audio Counting"]
     one = found[LOOKS[1]]["all"]
-    assert (one.questions, one.mass, one.hit, one.chance) == pytest.approx((4, 1, 1, .4)) and one.elsewhere == .5
+    assert (one.questions, one.mass, one.hit, one.even) == pytest.approx((4, 1, 1, .4)) and one.elsewhere == .5
     one = pointing_of(even, asked, scenes)[LOOKS[0]]["all"]
-    assert one.mass == pytest.approx(one.chance) == pytest.approx(one.elsewhere)
+    assert one.mass == pytest.approx(one.even) == pytest.approx(one.elsewhere)
 
 
 # ---- disturbance, parts
@@ -299,8 +328,8 @@ def test_two_seeds_decide_nothing():
 @pytest.mark.parametrize("wrong, message", [
     (lambda: over_seeds([]), "at least one"), (lambda: over_seeds([1, math.nan]), "finite"),
     (lambda: reliability(evidence([], [])), "0 questions"), (lambda: reliability(evidence([1], [1]), 0), "0 bins"),
-    (lambda: point(*np.ones((3, 0, 4))), "at least one question"),
-    (lambda: point(np.ones((2, 4)), np.ones((2, 3)), np.ones((2, 4))), "n t")])
+    (lambda: point(*np.ones((5, 0, 4))), "at least one question"),
+    (lambda: point(np.ones((2, 4)), np.ones((2, 3)), *np.ones((3, 2, 4))), "n t")])
 def test_wrong_input(wrong, message):
     with pytest.raises(ValueError, match=message) as error:
         wrong()

@@ -375,7 +375,7 @@ def test_no_answer_has_more_than_its_cap():
 
 
 def test_question_alone_says_little():
-    "The majority answer of each filled question, learnt on some clips, is right on few others"
+    "The majority answer of each filled question, learned on some clips, is right on few others"
     train, test, form = {}, [c for picked in CHOSEN[225:] for c in picked], {}
     for c in (c for picked in CHOSEN[:225] for c in picked):
         train.setdefault((c.template, c.values), Counter())[c.answer] += 1

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from mcd_edu.data import group_by_video
 from mcd_edu.datasets import DATASETS, load_splits
 from mcd_edu.experiments import encoders_of
 from mcd_edu.models import config_for
@@ -29,7 +31,7 @@ def test_names_of_runs_with_more_settings():
     run = Run("no L_av", 1, 600, aside=.125, per_video=4, label="wide one", options={"embed_dim": 8})
     assert run.name == "no_L_av-wide_one-clips600-aside12_5-per4-seed1"
     assert run.title == "no L_av, wide one, 600 clips, 12.5 % aside, 4 questions a video"
-    config = TrainingConfig(3, num_videos=32, num_questions=2)       # what makes the variant stays
+    config = TrainingConfig(3, num_videos=32, num_questions=2, together=4)    # what makes the variant stays
     assert Run("repeated videos", training={"num_videos": 4, "epochs": 3}).config == config
     assert encoders_of(Run("pixels + spectrum, late")) == ["pixels", "spectrum"] and encoders_of(Run("MCD")) == []
 
@@ -65,3 +67,18 @@ def test_every_ablation_is_a_model_of_its_own_and_its_files_have_names_of_their_
     assert len({run.name for run in runs}) == len(runs)
     with pytest.raises(ValueError, match="choose one of MCD"):
         find_variant("MCD2")
+
+
+def copies(config, seed=0):
+    """The share of rows of a batch whose video is there in another row, too: 600 videos, 14 questions each."""
+    video = np.repeat(np.arange(600), 14)
+    rows = [video[group[0]] for group in group_by_video(video, config.num_questions, seed, config.together)]
+    batches = [rows[i:i + config.num_videos] for i in range(0, len(rows), config.num_videos)]
+    return np.mean([batch.count(row) > 1 for batch in batches for row in batch])
+
+
+def test_videos_repeat_in_the_variants_that_say_so_and_nowhere_else():
+    names = [name for name, variant in (VARIANTS | ABLATIONS).items() if variant.training]
+    assert names == ["repeated videos", "repeated videos, not masked"]
+    for name in names: assert copies(Run(name).config) > .95
+    assert copies(Run("MCD").config) == 0 and copies(Run("MCD", training={"num_questions": 8}).config) < .05

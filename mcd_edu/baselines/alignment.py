@@ -161,7 +161,7 @@ class Alignment(nn.Module, Pretrained, kind="alignment", make_config=AlignmentCo
         tokens:Tensor,               # word numbers of the questions, 0 is padding, b k l
         objects:Tensor|None=None,    # not used: the keywords are words of the question
         need_clues:bool=False,       # return the attention that was used?
-        choices:Tensor|None=None,    # word numbers of the candidates, b k c n
+        choices:Tensor|None=None,    # word numbers of the candidates, b k c l
     ) -> Answer:
         "Clues: b k s h l t, s = 2 (visual, audio) by time, 1 by features. ValueError: shapes."
         check_tokens("Alignment", tokens, len(state.low[0]))

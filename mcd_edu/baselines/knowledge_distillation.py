@@ -254,7 +254,7 @@ class QuestionReader(nn.Module):
 # %% ../../nbs/baselines/02_knowledge_distillation.ipynb #242b02a0
 @dataclass(frozen=True)
 class KDConfig:
-    "Choices of VQA-KD, teacher and student alike; defaults for the sample sets. ValueError."
+    "Choices of VQA-KD, teacher and student alike; defaults for the sample sets. ValueError: impossible values."
     vocab_size:int                       # words that the text encoder knows
     num_answers:int = 42                 # a
     visual_dim:int = 192                 # width of the appearance features (or of the visual ones)
@@ -392,7 +392,7 @@ class GraphVQA(nn.Module, Pretrained, kind="graph_vqa", make_config=KDConfig):
         tokens:Tensor,                    # word numbers of the questions, 0 is padding, b k l
         objects:Tensor|None=None,         # text objects, b k m: not used, the question says it all
         need_clues:bool=False,            # return the weights of the pooling?
-        choices:Tensor|None=None,         # word numbers of the candidates, 0 is padding, b k c n
+        choices:Tensor|None=None,         # word numbers of the candidates, 0 is padding, b k c l
         question_mask:Tensor|None=None,   # False: no say in the batch norm of the training, b k
     ) -> GraphAnswer: # clues b k s h l t: one map, for all streams and words
         "ValueError: bad shapes; choices missing, or not wanted."
@@ -409,12 +409,12 @@ class GraphVQA(nn.Module, Pretrained, kind="graph_vqa", make_config=KDConfig):
         return answer
 
     def read_choices(self,
-        choices:Tensor,                   # word numbers of the candidates, 0 is padding, b k c n
-    ) -> Tensor: # words, b k c n d
+        choices:Tensor,                   # word numbers of the candidates, 0 is padding, b k c l
+    ) -> Tensor: # words, b k c l d
         "The words of each candidate, as the question's own BiLSTM reads them."
         b, k, c, _ = choices.shape
-        words, _ = self.read_question(rearrange(choices, "b k c n -> (b k c) n"))
-        return rearrange(words, "(b k c) n d -> b k c n d", b=b, k=k)
+        words, _ = self.read_question(rearrange(choices, "b k c l -> (b k c) l"))
+        return rearrange(words, "(b k c) l d -> b k c l d", b=b, k=k)
 
     def losses(self,
         state:GraphState,                 # from `encode_video`
@@ -424,7 +424,8 @@ class GraphVQA(nn.Module, Pretrained, kind="graph_vqa", make_config=KDConfig):
         video_ids:Tensor|None=None,       # not used: no loss compares videos
         question_ids:Tensor|None=None,    # where to look up what the teacher said, b k
     ) -> dict[str, Tensor]: # total, ce, and in a student's training kd_…: one number each
-        "CE, plus what the teacher adds while a student is trained; minimise `total`. ValueError."
+        """CE, plus what the teacher adds while a student is trained; minimise `total`.
+        ValueError: a student in training that has no teacher."""
         losses = {"ce": answer_loss(answer.logits, answers, question_mask)}
         total, config = losses["ce"], self.config
         if config.distillation != "none" and self.training:

@@ -182,9 +182,9 @@ class LateFusion(nn.Module, Pretrained, kind="late_fusion", make_config=LateFusi
         tokens:Tensor,               # word numbers of the questions, 0 is padding, b k l
         objects:Tensor|None=None,    # not used: the keywords are words of the question
         need_clues:bool=False,       # return the attention that was used?
-        choices:Tensor|None=None,    # word numbers of the candidates, b k c n
+        choices:Tensor|None=None,    # word numbers of the candidates, b k c l
     ) -> Answer:
-        "tanh gate: tanh(W tanh[found_v ; found_a] ⊙ question). Clues: b k 2 h 1 t. ValueError."
+        "tanh gate: tanh(W tanh[found_v ; found_a] ⊙ question). Clues: b k 2 h 1 t. ValueError: shapes."
         check_tokens("LateFusion", tokens, len(state.low[0]))
         check_choices(self.config.num_choices, choices, tokens)
         question = self.read(tokens)

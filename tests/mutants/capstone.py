@@ -9,16 +9,16 @@ READ = "words = words + (share * hints).sum(dim=2)"
 PLACES = "zip((*low, *high), self.modality)"
 
 MUTANTS = [
-    ("clue_map", "words that do not exist count", "clues * there", "clues"),
-    ("clue_map", "divided by all words", "(2 * clues.shape[3] * words)", "(2 * clues.shape[3] * clues.shape[4])"),
+    ("clue_map", "all words count the same", "clues * counts", "clues"),
+    ("clue_map", "divided by the number of words", "(2 * clues.shape[3] * words)", "(2 * clues.shape[3] * clues.shape[4])"),
     ("clue_map", "levels and modalities change places", "(level m) h l t", "(m level) h l t"),
     ("clue_map", "a sum over the heads", "(2 * clues.shape[3] * words)", "(2 * words)"),
     ("clue_map", "a sum over the levels", "(2 * clues.shape[3] * words)", "(clues.shape[3] * words)"),
-    ("clue_map", "nan for a question without words", ".clamp(min=1)", ""),
+    ("clue_map", "nan for a question without words", ".clamp(min=torch.finfo(clues.dtype).tiny)", ""),
     ("clue_map", "the largest, not the mean", "\"sum\", m=2)", "\"max\", m=2)"),
     ("clue_map", "divided by the words of the whole batch",
-     "reduce(word_mask.float(), \"b k l -> b k 1 1\", \"sum\")", "word_mask.float().sum()"),
-    ("clue_map", "in place on the clues", "clues * there", "clues.mul_(there)"),
+     "reduce(word_weights, \"b k l -> b k 1 1\", \"sum\")", "word_weights.sum()"),
+    ("clue_map", "in place on the clues", "clues * counts", "clues.mul_(counts)"),
     ("clue_map", "softmax once more", "return summed / (2 * clues.shape[3] * words)",
      "return (summed / (2 * clues.shape[3] * words)).softmax(-1)"),
     ("pointing", "unknown seconds count", "known = seconds >= 0", "known = seconds >= -1"),
