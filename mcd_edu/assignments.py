@@ -7,8 +7,9 @@ __all__ = ['COURSE', 'REPOSITORY', 'MARK', 'SOLUTION', 'DEFINITIONS', 'MEMORY', 
            'read_cells', 'student_cell', 'notebook_of', 'Task', 'Assignment', 'checks_of', 'build_course',
            'assignment_names', 'load_assignment', 'new_assignment', 'Submission', 'read_submission', 'define', 'Result',
            'say', 'failed_line', 'execute', 'seed_all', 'run_task', 'run_tasks', 'result_line', 'check_here', 'work',
-           'limit_memory', 'messages', 'stop', 'check_submission', 'safe_cell', 'grade_row', 'submissions_in', 'grade',
-           'write_table', 'ToyBatch', 'toy_mcd', 'toy_batch', 'toy_answer', 'treasure_hunt', 'hunter', 'hunt']
+           'limit_memory', 'messages', 'stop', 'check_submission', 'safe_cell', 'grade_row', 'submissions_in',
+           'first_line', 'grade', 'write_table', 'ToyBatch', 'toy_mcd', 'toy_batch', 'toy_answer', 'treasure_hunt',
+           'hunter', 'hunt']
 
 # %% ../nbs/16_assignments.ipynb #f843daf9
 import ast
@@ -479,15 +480,25 @@ def submissions_in(
     return paths
 
 
+def first_line(
+    path:Path,         # of any content
+    longest:int=1000,  # characters read
+) -> str:
+    "The first line of a file, for seeing what it is."
+    with path.open(encoding="utf-8-sig", errors="replace") as file: return file.readline(longest).rstrip()
+
+
 def grade(
     folder:Path,       # of submissions
     out:Path,          # a .csv file
     seconds:float=120,  # for each task
     course:Path=COURSE,
 ) -> Iterator[dict]:   # the rows, as they come; the file is there after the last
-    "Grade each notebook in a folder. ValueError: no notebooks there, or `out` is not a .csv file."
+    "Grade each notebook in a folder. ValueError: no notebooks there, or `out` is no .csv file, or another one."
     if out.suffix.lower() != ".csv":
         raise ValueError(f"{out}: give the table of grades a name like grades.csv")
+    if out.is_file() and first_line(out) not in ("", ",".join(COLUMNS)):
+        raise ValueError(f"{out}: is there and holds no grades; choose another name")
     rows = []
     for path in submissions_in(folder):
         row = grade_row(path, path.relative_to(folder).as_posix(), seconds, course)

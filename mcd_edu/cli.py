@@ -13,7 +13,9 @@ __all__ = ['app', 'Debug', 'AsJson', 'Checkpoint', 'SkipBad', 'MEASURED', 'Data'
 import json
 import math
 import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -83,14 +85,14 @@ def describe(
 ) -> str:
     "A reply as a person reads it."
     def seconds(numbers): return ", ".join(map(str, numbers))
-    others = ", ".join(f"{name} {p:.0%}" for name, p in reply.alternatives)
+    others = ", ".join(f"{printable(name, 200)} {p:.0%}" for name, p in reply.alternatives)
     lines = [f"Q: {printable(reply.question, 200)}",
-             f"A: {reply.answer} ({reply.probability:.0%}{f'; then {others}' if others else ''})",
+             f"A: {printable(reply.answer, 200)} ({reply.probability:.0%}{f'; then {others}' if others else ''})",
              f"   looks at second {seconds(reply.looks_at)}; "
              f"listens to second {seconds(reply.listens_to)}"]
     if reply.unknown:
         lines.append(f"   words never seen in training: {printable(', '.join(reply.unknown), 200)}")
-    if reply.note: lines.append(f"   note: {reply.note}")
+    if reply.note: lines.append(f"   note: {printable(reply.note)}")
     return "\n".join(lines)
 
 # %% ../nbs/20_cli.ipynb #a3beb205
@@ -235,8 +237,8 @@ def score_table(
     "Scores, or differences, as a person reads them."
     lines = [f"{'':24}{title:>8}   95 % interval"]
     unit = " " if sign else " %"
-    return "\n".join(lines + [f"{name:24}{row[0]:{sign}6.1f}{unit}   {row[1]:{sign}.1f} to "
-                              f"{row[2]:{sign}.1f}" if row else f"{name:24}{'none':>8}"
+    return "\n".join(lines + [f"{printable(name):24}{row[0]:{sign}6.1f}{unit}   {row[1]:{sign}.1f} to "
+                              f"{row[2]:{sign}.1f}" if row else f"{printable(name):24}{'none':>8}"
                               for name, row in scores.items()])
 
 def rounded(
@@ -294,7 +296,7 @@ def evaluate(
 def compare(
     first:Annotated[Path, typer.Argument(help="predictions of a model, from evaluate --out")],
     second:Annotated[Path, typer.Argument(help="those of another one, on the same questions")],
-    draws:Annotated[int, typer.Option(min=1, help="of the bootstrap")]=1000,
+    draws:Annotated[int, typer.Option(min=1, max=100_000, help="of the bootstrap")]=1000,
     as_json:AsJson=False,
     debug:Debug=False,
 ):
@@ -459,16 +461,21 @@ def main(
 ) -> None:
     "The command line: an error is one line and an exit code; `--debug` shows where it came from."
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    try: code, message = app(arguments, prog_name="mcd-edu", standalone_mode=False), ""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda text, *_, **__: typer.echo(f"warning: {printable(str(text))}", err=True)
+            code, message = app(arguments, prog_name="mcd-edu", standalone_mode=False), ""
     except typer.Abort: code, message = 130, ""
     except Exception as error:
         usage = hasattr(error, "format_message")             # typed wrongly: an error of typer's
-        if "--debug" in arguments or not (usage or isinstance(error, (ValueError, OSError))): raise
+        full = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
+        if "--debug" in arguments or not (usage or full or isinstance(error, (ValueError, OSError))): raise
         code, message = (error.exit_code, error.format_message()) if usage else (1, str(error))
         if usage: message = message.rstrip(".") + " (see mcd-edu --help)"
-        if isinstance(error, OSError) and error.filename:    # as the system says it
-            message = (f"{printable(str(error.filename), 200)}: {error.strerror}; give another path, "
-                       "or mend its permissions")
+        elif full: message = "not enough memory; make the model or a batch smaller, or use fewer workers or another device"
+        elif isinstance(error, OSError) and error.strerror:  # as the system says it
+            place = printable(str(error.filename), 200) if error.filename else "output or working folder"
+            message = f"{place}: {error.strerror}; give another path, or mend its permissions"
     if code == 130: message = "stopped"                      # Ctrl-C
     if message: typer.echo(f"error: {printable(message)}", err=True)
     if code: sys.exit(code)

@@ -96,9 +96,10 @@ def unpack(
     key:str,                 # type or templ_values
 ) -> tuple[str, ...]:
     "The list inside a JSON string inside JSON. ValueError where it holds anything but words."
-    words = json.loads(record[key]) if isinstance(record[key], str) else record[key]
+    try: words = json.loads(record[key]) if isinstance(record[key], str) else record[key]
+    except (ValueError, RecursionError): words = None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"{key} {record[key]!r} is not a list of words")
+        raise ValueError(f"{key} {str(record[key])[:80]!r} is not a list of words")
     return tuple(words)
 
 def parse_question(

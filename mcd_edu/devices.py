@@ -27,7 +27,7 @@ def find_device(
     "A device that is there. ValueError: it is not."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()       # one that can compute
         return torch.device(name)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .data import MUSIC_AVQA, AVQADataset, Question, Schema, VideoBatch
+from .model import check_logits
 from .training import ask
 
 # %% auto #0
@@ -34,7 +35,7 @@ class Predictions:
     @property
     def right(self) -> np.ndarray: return self.predicted == self.answers     # n, bool
 
-# %% ../nbs/11_evaluation.ipynb #e96adc0f
+# %% ../nbs/11_evaluation.ipynb #725f7e5a
 def to_predictions(
     predicted:Sequence[str],         # an answer for each question
     questions:Sequence[Question],    # in any order
@@ -109,7 +110,7 @@ def check_rows(
     if not np.isfinite(np.asarray(right, float)).all():
         raise ValueError("evaluation: `right` has values that are no numbers; give 0, 1 or a mean")
 
-# %% ../nbs/11_evaluation.ipynb #4772f8cb
+# %% ../nbs/11_evaluation.ipynb #602ad35a
 def averages(
     right:np.ndarray,        # n, share of right answers of each question (0, 1, or mean over seeds)
     types:np.ndarray,        # n, number of the question type
@@ -121,7 +122,7 @@ def averages(
                     for weights in (right, None))
     return dict(zip(rows_of(schema), rates(total, count, schema).tolist()))
 
-# %% ../nbs/11_evaluation.ipynb #98b47845
+# %% ../nbs/11_evaluation.ipynb #eadca8de
 def other_clips(
     batch:VideoBatch,
     data:AVQADataset,        # where the batch comes from
@@ -141,12 +142,14 @@ def predict(
     shuffle_videos:bool=False,   # control: show every question another video's features
     num_videos:int=64,           # videos a batch; of no influence on the answers
 ) -> Predictions:
-    "Answer every question once; nothing depends on the batch. ValueError: see `other_clips`."
+    "Answer every question once; nothing depends on the batch. ValueError: see `other_clips`, `check_logits`."
     model.eval()
     rows = []
     for batch in data.batches(num_videos):
         batch = (other_clips(batch, data) if shuffle_videos else batch).to(device)
-        predicted = ask(model, batch).logits.argmax(-1)
+        logits = ask(model, batch).logits
+        check_logits(logits)
+        predicted = logits.argmax(-1)
         videos = batch.video_ids[:, None].expand_as(predicted)
         columns = (predicted, batch.answers, batch.types, videos, batch.question_ids)
         rows.append(torch.stack([column[batch.question_mask] for column in columns], -1).cpu())
@@ -171,9 +174,11 @@ def bootstrap(
     total, count = (np.bincount(cells, weights, np.prod(shape)).astype(float).reshape(shape)
                     for weights in (right, None))
     generator = np.random.default_rng(seed)
-    times = np.stack([np.bincount(generator.integers(len(unique), size=len(unique)),
-                                  minlength=len(unique)) for _ in range(draws)])
-    table = rates(times @ total, times @ count, schema)
+    def drawn(many):
+        times = np.stack([np.bincount(generator.integers(len(unique), size=len(unique)),
+                                      minlength=len(unique)) for _ in range(many)])
+        return rates(times @ total, times @ count, schema)
+    table = np.concatenate([drawn(min(1000, draws - done)) for done in range(0, draws, 1000)])
     seen = np.isfinite(table).any(0)
     low, high = np.full((2, len(rows)), np.nan)
     low[seen], high[seen] = np.nanpercentile(table[:, seen], (2.5, 97.5), axis=0)
@@ -248,7 +253,7 @@ def score(
     "The table of one model with its intervals. ValueError: seeds of different test sets."
     return score_rows(mean_right(predictions), first_of(predictions), draws, seed)
 
-# %% ../nbs/11_evaluation.ipynb #ceb867a4
+# %% ../nbs/11_evaluation.ipynb #f635e905
 def compare(
     first:Predictions|Sequence[Predictions],     # one, or one a seed
     second:Predictions|Sequence[Predictions],

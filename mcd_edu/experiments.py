@@ -38,7 +38,7 @@ from mcd_edu.measures import (
 from .data import MUSIC_AVQA, AVQADataset, DataError, Question, Schema
 from .datasets import DATASETS, find_streams, load_questions, load_splits, schema_to_json, video_names
 from .evaluation import Predictions, predict, to_predictions
-from .media import write_whole
+from .media import start_worker, write_whole
 from .models import build, config_for
 from .other_encoders import OTHER_ENCODERS, draw_features
 from .question_types import show_objects
@@ -385,7 +385,7 @@ def run_grid(
     others = [run for run in missing if not run.teacher]
     teachers = {run.teacher.name: run.teacher for run in students
                 if run.teacher not in others and not find_variant(run.variant).untrained_teacher}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, \
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool, \
             tqdm(total=len(missing) + len(teachers), unit="run") as bar:
         waves = ([(teach, run, data, work) for run in teachers.values()]
                  + [(job_of_run, run, data, results, work, False) for run in others],

@@ -29,14 +29,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .encoders import VisualEncoder, load_encoders
+from .features import DataError, open_array
 from .media import SAMPLE_RATE, MediaError, missing, open_media, read_segments, save_array, writing
 
 # %% auto #0
 __all__ = ['SHIPPED', 'NO_POOLER', 'FAMILIES', 'PROCESSORS', 'ENCODERS', 'SUFFIXES', 'EncoderError', 'Encoder', 'load_small',
            'Family', 'resample', 'prepare_pictures', 'prepare_sound', 'prepare_texts', 'import_transformers', 'quiet',
            'fetch', 'load_pretrained', 'parse_name', 'load_encoder', 'encode_questions', 'find_videos', 'check_name',
-           'place_once', 'claim_folder', 'ahead', 'prepare_video', 'encode_videos', 'save_features', 'Report',
-           'Extraction', 'extract']
+           'place_once', 'claim_folder', 'ahead', 'prepare_video', 'encode_videos', 'is_whole', 'save_features',
+           'Report', 'Extraction', 'extract']
 
 # %% ../nbs/15_extraction.ipynb #4cde4f0e
 class EncoderError(ValueError):
@@ -447,6 +448,13 @@ def encode_videos(
     joined = {key: torch.cat([tensors[key] for tensors in prepared]) for key in prepared[0]}
     return list(encoder.encode(joined).float().cpu().split(sizes))
 
+def is_whole(
+    path:Path,                               # where features should be
+) -> bool:
+    "Are they there, and not damaged? What is not is made again."
+    try: return open_array(path).ndim == 2
+    except DataError: return False
+
 def save_features(
     path:Path,
     features:Tensor,                         # t d
@@ -504,7 +512,7 @@ class Extraction:
         files = [self.files(path) for path, _ in ready]
         bad = set()
         for i, encoder in enumerate(self.encoders):
-            lacking = [n for n in range(len(ready)) if not files[n][i].is_file()]
+            lacking = [n for n in range(len(ready)) if not is_whole(files[n][i])]
             features = encode_videos(encoder, [ready[n][1][i] for n in lacking]) if lacking else []
             for n, feature in zip(lacking, features):
                 try: save_features(files[n][i], feature)
@@ -538,7 +546,7 @@ def extract(
     if not encoders or [encoder.kind for encoder in encoders] != list(wanted):
         raise EncoderError("give a visual encoder, an audio encoder, or one of each")
     run = Extraction(out, encoders, segments)
-    new = [path for path in mine if not all(file.is_file() for file in run.files(path))]
+    new = [path for path in mine if not all(is_whole(file) for file in run.files(path))]
     skipped = tuple(path.stem for path in mine if path not in set(new))
     work = partial(prepare_video, encoders=encoders, segments=segments, allow_missing=allow_missing)
     with tqdm(total=len(mine), initial=len(skipped), unit="video", disable=not progress) as bar:

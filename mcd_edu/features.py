@@ -40,6 +40,7 @@ def open_array(
     if not path.is_file():
         raise DataError(f"{path}: features are missing; extract them or drop the video")
     try: return np.lib.format.open_memmap(path, mode="r")          # .npy only: no pickle, no zip
+    except PermissionError: raise
     except Exception as error:       # numpy has a dozen kinds of errors for a damaged header
         raise DataError(f"{path}: is no whole .npy file of numbers; extract it again") from error
 
@@ -211,7 +212,7 @@ class FeatureFolder(Features):
     def shape(self, video:str) -> tuple[int, ...]:
         return with_segments(open_array(self.place(video)), self.place(video)).shape
 
-    def place(self, video:str) -> str: return str(self.path / f"{video}.npy")
+    def place(self, video:str) -> str: return str(self.path / f"{check_name(video, self.path)}.npy")
 
     def files(self) -> list[Path]: return [self.path / f"{video}.npy" for video in self.videos]
 
@@ -372,7 +373,8 @@ def pack_features(
     if dtype not in DTYPES: raise ValueError(f"dtype={dtype!r}; choose {' or '.join(DTYPES)}")
     source, out = open_features(source, encoder), Path(out)
     encoder = encoder or source.encoder
-    if not encoder: raise ValueError(f"{source.path}: does not say what made it; name the encoder")
+    if not encoder or not encoder.isprintable():
+        raise ValueError(f"{source.path}: does not say what made it, in plain text; name the encoder")
     videos = list(source.videos if videos is None else videos)
     if len(set(videos)) < len(videos):
         raise DataError(f"{source.path}: a video was asked for twice; name each once")

@@ -106,6 +106,9 @@ def read_checkpoint(
     try:
         tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
                    for name, tensor in load_file(folder / "model.safetensors").items()}
+        real = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
+        if any(real.get(name) != tensor.is_floating_point() for name, tensor in tensors.items()):
+            raise RuntimeError("other names, or numbers of another kind")
         model.load_state_dict(tensors, assign=True)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}/model.safetensors: unreadable ({error}); "

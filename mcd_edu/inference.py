@@ -7,7 +7,7 @@ __all__ = ['WEIGHTS', 'MAX_OBJECTS', 'join_names', 'Prepared', 'prepare', 'clue_
            'make_reply']
 
 # %% ../nbs/12_inference.ipynb #cbb021cc
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import getfile
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .data import MUSIC_AVQA, Schema, Vocabulary, tokenize, trim
 from .encoders import Encoders, encode_segments, load_encoders
 from .media import Segments, read_segments
-from .model import MCD, Answer, VideoState
+from .model import MCD, Answer, VideoState, check_logits
 from .training import CheckpointError, load_checkpoint, schema_of
 
 WEIGHTS = Path(getfile(MCD)).parent / "weights"   # shipped beside the code
@@ -162,7 +162,9 @@ class Answerer:
     ) -> list[Reply]:
         "Answer questions about one video; no answer depends on the others. ValueError: no words."
         if top < 1: raise ValueError(f"top={top}: name at least one answer")
-        questions = [questions] if isinstance(questions, str) else list(questions)
+        questions = list(questions) if isinstance(questions, Iterable) and not isinstance(questions, str | bytes) else [questions]
+        if odd := [question for question in questions if not isinstance(question, str)]:
+            raise ValueError(f"question {str(odd[0])[:80]!r} is no text; give a string, or several in a list")
         if not questions: return []
         prepared, answer = self.answer(watched, questions, choices)
         return self.replies(watched, questions, prepared, answer, top, choices)
@@ -173,7 +175,7 @@ class Answerer:
         questions:Sequence[str],                 # at least one
         choices:Sequence[str]=(),                # candidate answers, if the model was built for them
     ) -> tuple[list[Prepared], Answer]:          # the questions as read; b = 1, k of them
-        "What the model itself returns: logits, and the attention it used. ValueError: no words."
+        "What the model itself returns: logits, and the attention it used. ValueError: no words; see `check_logits`."
         if len(choices) != self.schema.num_choices:
             raise ValueError(f"{len(choices)} choices: this model was trained to choose among "
                              f"{self.schema.num_choices}; give that many (0: none)")
@@ -181,7 +183,9 @@ class Answerer:
         tokens = trim(torch.tensor([[p.tokens for p in prepared]]))
         objects = trim(torch.tensor([[p.objects for p in prepared]]))
         candidates = self.candidates(choices, len(questions))
-        return prepared, self.model.answer(watched[1], tokens, objects, True, candidates)
+        answer = self.model.answer(watched[1], tokens, objects, True, candidates)
+        check_logits(answer.logits)
+        return prepared, answer
 
     def replies(self,
         watched:tuple[Segments, VideoState],     # from `watch`

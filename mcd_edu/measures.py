@@ -23,7 +23,7 @@ from .training import ask
 
 # %% auto #0
 __all__ = ['LOOKS', 'UNDECIDED', 'HOLDS', 'FAILS', 'Evidence', 'examine', 'reliability', 'calibration_error', 'mean_surprise',
-           'all_right', 'separability', 'divergence', 'diversity', 'asked_about', 'decisive_seconds', 'Pointing',
+           'all_right', 'separability', 'jensen_shannon', 'diversity', 'asked_about', 'decisive_seconds', 'Pointing',
            'point', 'attention_maps', 'collect_maps', 'diversity_of', 'beside_it', 'pointing_of', 'disturbed',
            'some_questions', 't_angles', 'Paired', 'over_seeds', 'verdict']
 
@@ -108,7 +108,7 @@ def separability(
     return float(apart.mean()) if len(apart) else float("nan")
 
 # %% ../nbs/13b_measures.ipynb #c8a306cb
-def divergence(
+def jensen_shannon(
     first:np.ndarray,        # … t, rows that sum to 1
     second:np.ndarray,       # … t
 ) -> np.ndarray:             # …, 0 to 1 bit
@@ -123,7 +123,7 @@ def diversity(
     "Mean divergence of the pairs of questions."
     one, two = np.triu_indices(len(maps), 1)
     if not len(one): return np.full(maps.shape[1:-1], np.nan)
-    return divergence(maps[one], maps[two]).mean(0)
+    return jensen_shannon(maps[one], maps[two]).mean(0)
 
 # %% ../nbs/13b_measures.ipynb #057b41fe
 def asked_about(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from signal import SIGINT, signal
 from threading import Thread
 
 import av
@@ -24,7 +25,8 @@ from tqdm.auto import tqdm
 __all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'LOUDEST', 'CUT_SECONDS', 'FORMATS', 'STAND_IN',
            'MediaError', 'Segments', 'segment_starts', 'writing', 'write_whole', 'write_tensors', 'write_json',
            'save_array', 'claim_folder', 'start_worker', 'work_through', 'write_video', 'encode_mp4', 'FrameCollector',
-           'SoundCollector', 'open_media', 'check_tracks', 'missing', 'check_whole', 'collect', 'read_segments']
+           'SoundCollector', 'open_media', 'check_tracks', 'first_moment', 'missing', 'check_whole', 'collect',
+           'read_segments']
 
 # %% ../nbs/01_media.ipynb #d28059ce
 SAMPLE_RATE = 16_000         # Hz, mono
@@ -77,6 +79,8 @@ def write_whole(
     write:Callable[[Path], None],    # writes the file it is given
 ) -> None:
     "Write a file whole or not at all: what stood there before stays until the new one is ready."
+    if not path.name or (path.exists() and not path.is_file()):
+        raise OSError(f"{path}: is a folder or a device, not a file; choose another name")
     draft = path.with_name(f".{path.name}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,6 +142,7 @@ def start_worker(
         parent_process().join()
         os._exit(1)
     Thread(target=leave, daemon=True).start()
+    signal(SIGINT, lambda *_: os._exit(130))     # Ctrl-C: what is half done is not there
     if setup: setup[0](*setup[1:])
 
 def work_through(
@@ -172,6 +177,8 @@ def write_video(
         raise ValueError(f"frames of {frames.shape[2]}×{frames.shape[1]} pixels; H.264 wants even")
     if waveform.ndim != 1 or not len(waveform) or not np.isfinite(waveform).all():
         raise ValueError(f"waveform has shape {waveform.shape}; give finite samples of one channel")
+    if fps < 1 or sample_rate < 1:
+        raise ValueError(f"fps={fps}, sample_rate={sample_rate}; give whole numbers above 0")
     write_whole(Path(path), lambda draft: encode_mp4(draft, frames, waveform, fps, sample_rate))
 
 # %% ../nbs/01_media.ipynb #5b7cb596
@@ -200,14 +207,16 @@ class FrameCollector:
     def __init__(self,
         times:np.ndarray,    # when a frame is wanted, n, seconds, rising
         start:float=0.,      # the file's clock at its first moment, seconds
+        rate:float|None=None,    # frames a second, where they do not say when they are on show
     ):
-        self.times, self.start, self.frames, self.last = times, start, [], None
+        self.times, self.start, self.rate = times, start, rate
+        self.frames, self.last, self.number = [], None, 0
 
     def add(self, frame:av.VideoFrame) -> None:
         "The frame before this one was on show until now."
         if frame.time is None: return             # nobody can say when it is on show
-        self.take(until=frame.time - self.start)
-        self.last = frame
+        self.take(until=self.number / self.rate if self.rate else frame.time - self.start)
+        self.last, self.number = frame, self.number + 1
 
     def take(self, until:float=float("inf")) -> None:
         "Hand the frame on show to every wanted time before `until`."
@@ -224,7 +233,7 @@ class SoundCollector:
         starts:np.ndarray,   # the wanted seconds, t
         start:float=0.,      # the file's clock at its first moment, seconds
     ):
-        self.resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+        self.resampler = av.AudioResampler(format="flt", rate=SAMPLE_RATE)   # packed: any number of channels
         self.row, self.start = {int(second): i for i, second in enumerate(starts)}, start
         self.waveform, self.position = np.zeros((len(starts), SAMPLE_RATE), np.float32), None
 
@@ -234,7 +243,8 @@ class SoundCollector:
             here = round(((frame.time or 0) - self.start) * SAMPLE_RATE)
             if self.position is None or abs(here - self.position) > SAMPLE_RATE // 4:
                 self.position = max(0, here)      # the first piece, or one after a gap
-        for piece in self.resampler.resample(frame): self.copy(piece.to_ndarray().mean(0))
+        for piece in self.resampler.resample(frame):
+            self.copy(piece.to_ndarray().reshape(-1, piece.layout.nb_channels).mean(1))
 
     def copy(self, samples:np.ndarray) -> None:
         "Lay samples down second by second. ValueError: they are no numbers."
@@ -284,7 +294,11 @@ def check_tracks(
                              "scale the video down")
     if container.duration is None:
         raise MediaError(f"{path}: has no frames, or does not tell its length; convert it to mp4")
-    return container.duration / av.time_base
+    return container.duration / av.time_base - ("matroska" in container.format.name) * first_moment(container)
+
+def first_moment(container:av.container.InputContainer) -> float:
+    "What a file's clock shows when it begins, seconds. (Matroska and WebM call the end of it the duration.)"
+    return max(0, container.start_time or 0) / av.time_base
 
 def missing(path:str|Path, verb:str, kind:str) -> MediaError:
     "What to say where a track is not there, or is there and empty."
@@ -298,12 +312,14 @@ def check_whole(
     ends:dict[int, float],   # where each track ended, seconds, by the number of the track
 ) -> None:
     "Check that all came that was announced. MediaError where the file was cut off."
+    rate = container.streams.video and container.streams.video[0].average_rate
+    spare = max(CUT_SECONDS, 2 / rate if rate else 0)        # the last frames may not say how long they last
     whole = {0: (container.duration / av.time_base, max(ends.values()))}
     for stream in container.streams:
         if ends.get(stream.index) and stream.duration:
             whole[stream.index + 1] = float(stream.duration * stream.time_base), ends[stream.index]
     for announced, end in whole.values():
-        if end < announced - CUT_SECONDS:
+        if end < announced - spare:
             raise MediaError(f"{path}: ends after {end:.1f} of {announced:.1f} s, so it was "
                              "cut off; copy it again")
 
@@ -337,8 +353,9 @@ def read_segments(
         duration = check_tracks(container, path, allow_missing)
         starts = segment_starts(duration, num_segments)
         offsets = (np.arange(FRAMES_PER_SEGMENT) + 0.5) / FRAMES_PER_SEGMENT
-        begin = max(0, container.start_time or 0) / av.time_base
-        pictures = FrameCollector((starts[:, None] + offsets).ravel(), begin)
+        begin = first_moment(container)
+        rate = container.format.name == "avi" and container.streams.video and container.streams.video[0].average_rate
+        pictures = FrameCollector((starts[:, None] + offsets).ravel(), begin, rate or None)      # AVI notes another order
         sound = SoundCollector(starts, begin)
         try: ends = collect(container, pictures, sound)
         except (av.error.FFmpegError, ValueError) as error:

@@ -24,7 +24,7 @@ from .layers import KeysValues, check_mask, masked_mean
 # %% auto #0
 __all__ = ['MOST', 'MOST_LAYERS', 'ASSOCIATIONS', 'LEVELS', 'HEADS', 'check_named', 'check_numbers', 'check_effect', 'MCDConfig',
            'VideoState', 'Answer', 'PredictionHead', 'Standardise', 'check_choices', 'score_choices', 'answer_loss',
-           'MCD', 'mcd_losses']
+           'check_logits', 'MCD', 'mcd_losses']
 
 # %% ../nbs/09_model.ipynb #81b4281c
 def check_named(
@@ -236,6 +236,14 @@ def answer_loss(
     return total / there.sum().clamp(min=1)
 
 # %% ../nbs/09_model.ipynb #02bb892f
+def check_logits(
+    logits:Tensor,           # of answers, any shape
+) -> None:
+    "ValueError where a model answers with numbers that are not finite."
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model answers with numbers that are not finite; its weights are too large or "
+                         "were spoilt, or the features are; take another checkpoint")
+
 class MCD(nn.Module, Pretrained, kind="mcd", make_config=MCDConfig):
     "Mutual Correlation Distillation, whole. [P][F], reconstructed."
     def __init__(self,

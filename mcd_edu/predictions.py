@@ -17,6 +17,7 @@ from .datasets import DATASETS
 from .evaluation import Predictions
 from .inference import clue_maps
 from .media import write_whole
+from .model import check_logits
 from .training import ask
 
 # %% auto #0
@@ -46,6 +47,7 @@ def answer_lines(
     for batch in data.batches(num_videos):
         batch = batch.to(device)
         answer = ask(model.eval(), batch, need_clues=True)
+        check_logits(answer.logits)
         for b, k in batch.question_mask.nonzero().tolist():
             question, found = questions[int(batch.question_ids[b, k])], answer.logits[b, k].softmax(-1)
             names, order = answer_names(question, data.schema), [[], []]
@@ -67,7 +69,11 @@ def write_predictions(
     data:AVQADataset,
     device:str="cpu",
 ) -> Path:
-    "One line of JSON a question, written whole or not at all."
+    "One line of JSON a question, written whole or not at all. DataError: something else stands there."
+    if Path(path).is_file() and Path(path).stat().st_size:
+        try: read_lines(Path(path))
+        except DataError as error:
+            raise DataError(f"{path}: is there and holds no predictions; choose another name") from error
     lines = answer_lines(model, data, device)
     def write(draft):
         with draft.open("w", encoding="utf-8") as file:
@@ -85,13 +91,14 @@ def read_lines(
     try: content = path.read_text(encoding="utf-8-sig")
     except UnicodeError as error:
         raise DataError(f"{path}: is no text ({error}); write the file again") from error
-    for i, text in enumerate(content.splitlines(), 1):
+    texts = content.rstrip("\r\n").split("\n") if content.strip() else []     # no other sign ends a line
+    for i, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
             words = [line[key] for key in ("dataset", "video", "gold", "prediction")] + line["type"]
-            if type(line["id"]) is not int or len(line["type"]) != 2 or line["id"] in seen \
+            if type(line["id"]) is not int or not 0 <= line["id"] < 2**63 or len(line["type"]) != 2 or line["id"] in seen \
                     or not all(isinstance(word, str) for word in words):
-                raise ValueError("an id twice, or values of wrong kinds")
+                raise ValueError("an id twice or beyond all bounds, or values of wrong kinds")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: line {i} is no prediction ({type(error).__name__}: {error}); "
                             "write the file again") from error

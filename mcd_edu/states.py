@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .media import write_tensors
-from .training import digest
+from .training import fingerprint
 
 # %% auto #0
 __all__ = ['name_parts', 'blank_state', 'put_parts', 'save_state', 'load_state']
@@ -62,7 +62,7 @@ def save_state(
 ) -> None:
     "Written whole, or not at all; numbers, and a fingerprint of the model."
     tensors = {name: part.contiguous() for name, part in name_parts(state).items()}
-    about = {"weights": digest(*model.state_dict().values())}
+    about = {"weights": fingerprint(*model.state_dict().values())}
     write_tensors(Path(path), tensors, about)
 
 def load_state(
@@ -80,7 +80,7 @@ def load_state(
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: no state that can be read ({error}); "
                          "encode the video again") from error
-    if weights != digest(*model.state_dict().values()):
+    if weights != fingerprint(*model.state_dict().values()):
         raise ValueError(f"{path}: the state of another model, or of another training of it; "
                          "encode the video with this one")
     nest = blank_state(model)

@@ -33,7 +33,7 @@ from .samples.scenes import DURATION, LEVELS, PLACES, Scene, sample_scene
 # %% auto #0
 __all__ = ['TOY_KINDS', 'LOOK_EVERY', 'NEWER', 'perfect_features', 'make_toy_set', 'schema_of', 'keywords', 'TrainingConfig',
            'learning_rate', 'make_optimizer', 'Step', 'check_finite', 'Guard', 'learn', 'train_epoch', 'ask',
-           'accuracy', 'save_checkpoint', 'load_checkpoint', 'flatten_optimizer', 'restore_optimizer', 'digest',
+           'accuracy', 'save_checkpoint', 'load_checkpoint', 'flatten_optimizer', 'restore_optimizer', 'fingerprint',
            'dataset_digest', 'differences', 'Progress', 'ask_teacher', 'check_together', 'train']
 
 # %% ../nbs/10_training.ipynb #202822c5
@@ -339,7 +339,7 @@ def restore_optimizer(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
 
 # %% ../nbs/10_training.ipynb #1608c645
-def digest(
+def fingerprint(
     *tensors:Tensor,
 ) -> str:                    # 16 characters
     "A fingerprint of the numbers, types and shapes of some tensors."
@@ -355,7 +355,7 @@ def dataset_digest(
     "A fingerprint of everything a model gets to see of a dataset."
     parts = (data.visual, data.audio, data.mask, data.video, data.tokens, data.objects,
              data.answers, data.question_ids, data.choices)
-    return digest(*(part for part in parts if part is not None))
+    return fingerprint(*(part for part in parts if part is not None))
 
 # %% ../nbs/10_training.ipynb #f0f87cae
 def differences(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from mcd_edu.cli import main
@@ -173,6 +174,7 @@ CASES = {
     "ids that leave the folder": Case("pack x.npy --out new --encoder toy", "is not a plain file name", many(
         lambda place: np.save(place / "x.npy", np.ones((2, 3, 4))), put("x.json", '["../a", "b"]'))),
     "packing without a name": Case("pack data/feats/small_visual --out new", "does not say what made it"),
+    "packing under a name of signs": Case(PACK.replace("toy", "a\x1b[31m"), "does not say what made it, in plain text"),
     "packing among other files": Case("pack data/feats/small_visual --out data/json --encoder toy", "a folder of its own"),
     "numbers too large for half": Case(PACK, "pack with dtype='float32'", feature(np.full((10, 37), 1e6, "f4"))),
     "a store of another version": Case("pack store --out new", "is of version 9",
@@ -192,6 +194,7 @@ CASES = {
     "no answer": Case(TRAIN + " --dataset music_avqa", "record 0: has no 'anser'", change(ANNOTATION, anser=LOST)),
     "an unknown answer": Case(TRAIN, "record 0: unknown answer 'maybe'", change(ANNOTATION, anser="maybe")),
     "an unknown type": Case(TRAIN, "record 0: unknown question type", change(ANNOTATION, type='["Smell", "Counting"]')),
+    "a type without end": Case(TRAIN, "record 0: type '[[[", change(ANNOTATION, type="[" * 100_000)),
     "a type that is no list": Case(TRAIN, "record 0: ", change(ANNOTATION, type="Audio")),
     "an id twice": Case(TRAIN, "was there before", change(ANNOTATION, question_id=1)),
     "an id that is no number": Case(TRAIN, "is not a whole number", change(ANNOTATION, question_id="first")),
@@ -245,6 +248,8 @@ CASES = {
     "weights of another model": Case(ANSWER, "the weights are of another configuration", lambda place: shutil.copy(
         place / "model/model.safetensors", place / "asked")),
     "weights that are no numbers": Case(ANSWER, "not finite", weights(lambda x: x * np.nan if x.is_floating_point() else x)),
+    "weights that add up to nothing": Case(ANSWER, "numbers that are not finite", weights(lambda x: 0 * x)),
+    "weights of two parts": Case(ANSWER, "the weights are of another configuration", weights(lambda x: x.to(torch.complex64))),
     "a configuration cut off": Case(ANSWER, "not the configuration of a model", cut(CONFIG)),
     "a configuration without end": Case(ANSWER, "not the configuration of a model", put(CONFIG, "[" * 200_000)),
     "a configuration of another kind": Case(ANSWER, "not the configuration", put(CONFIG, "[1, 2]")),
@@ -290,6 +295,14 @@ CASES = {
     "predictions of another kind": Case("compare a a", "line 1 is no prediction", put("a", "[1]\n")),
     "predictions of other questions": Case("compare a b", "not the same questions", many(
         put("a", lines({})), put("b", lines({}, {"id": 2})))),
+    "predictions with an id beyond all numbers": Case("compare a a", "line 1 is no prediction", put("a", lines({"id": 2**63}))),
+    "predictions over the annotations": Case(EVALUATE + " --out data/json/avqa-test.json",
+                                             "holds no predictions; choose another name"),
+    "predictions into a folder": Case(EVALUATE + " --out .", "is a folder or a device, not a file; choose another name"),
+    "draws without end": Case(f"compare a b --draws {10**9}", "--draws", code=2),
+    "a device that computes nothing": Case(TRAIN + " --device meta", "device 'meta' cannot be used here"),
+    "grades over another table": Case("assignments grade data --out x.csv", "x.csv: is there and holds no grades",
+                                      put("x.csv", "a,b\n1,2\n")),
     "predictions over what is there": Case(EVALUATE + " --out x.jsonl --shuffle-videos", "leave out --shuffle-videos"),
 }
 

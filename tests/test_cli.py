@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -496,3 +497,43 @@ def test_bad_data_is_one_line(call, data, trained, untrained, tmp_path, monkeypa
     code, out, err = call(*(places.get(word, word) for word in line.split()))
     assert code == 1 and out == "" and not (tmp_path / "new").exists()
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
+# What the machine says ---------------------------------------------------------------------------
+
+def failing(monkeypatch, error, warning=None):
+    """`compare` meets this error, and this warning before."""
+    def fail(*_):
+        if warning: warnings.warn(warning, stacklevel=1)
+        raise error
+    monkeypatch.setattr("mcd_edu.predictions.read_pair", fail)
+    with pytest.raises(SystemExit) as stop: main(["compare", "a", "b"])
+    assert stop.value.code == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+                                   RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")])
+def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
+    failing(monkeypatch, error)
+    assert capsys.readouterr().err.startswith("error: not enough memory; make the model or a batch smaller")
+
+
+def test_a_mistake_of_ours_stays_a_traceback(monkeypatch):
+    with pytest.raises(RuntimeError, match="a bug"): failing(monkeypatch, RuntimeError("a bug"))
+
+
+def test_an_error_of_the_system_without_a_name(monkeypatch, capsys):
+    failing(monkeypatch, OSError(28, "No space left on device"))
+    assert capsys.readouterr().err == ("error: output or working folder: No space left on device; give another path, "
+                                       "or mend its permissions\n")
+
+
+def test_a_warning_is_one_line_without_python(monkeypatch, capsys):
+    failing(monkeypatch, ValueError("no"), "2 of 9 videos\n were left out \x1b[31m")
+    assert capsys.readouterr().err == "warning: 2 of 9 videos were left out ?[31m\nerror: no\n"
+
+
+def test_answers_of_a_strange_checkpoint_do_no_harm():
+    reply = Reply("why?", "\x1b[31mred\nQ: x", .5, (("\ud800", .25),), (1,), (2,), (1.,), (1.,), (0,), (), "a\x07b")
+    lines = describe(reply).splitlines()
+    assert lines[1] == "A: ?[31mred Q: x (50%; then ? 25%)" and lines[-1] == "   note: a?b" and len(lines) == 4

@@ -167,7 +167,7 @@ torch.set_num_threads(1)
 from test_devices import CONFIG, tiny
 from mcd_edu.datasets import load_splits
 from mcd_edu.devices import Team
-from mcd_edu.training import CheckpointError, accuracy, digest, load_checkpoint, train
+from mcd_edu.training import CheckpointError, accuracy, fingerprint, load_checkpoint, train
 
 splits, out, team, wrote = load_splits(sys.argv[1]), Path(sys.argv[2]), Team.find(), []
 data, val = splits["train"], splits["val"]
@@ -182,7 +182,7 @@ try: train(tiny(data), data, val, out / ("whole" if team.main else "elsewhere"),
 except CheckpointError as error: refused = str(error)
 model, *_ = load_checkpoint(out / "whole")
 found = dict(world=team.world, history=history, resumed=resumed, wrote=wrote, refused=refused,
-             right=accuracy(model, data, num_videos=2), weights=digest(*model.state_dict().values()))
+             right=accuracy(model, data, num_videos=2), weights=fingerprint(*model.state_dict().values()))
 (out / f"{team.rank}.json").write_text(json.dumps(found))
 team.leave()
 """

@@ -278,6 +278,15 @@ def test_finished_videos_are_not_read_again(videos, tmp_path, monkeypatch):
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
+def test_damaged_features_are_made_again(videos, tmp_path):
+    run(videos, tmp_path)
+    good, bad = sorted((tmp_path / "feats" / "small_visual").glob("*.npy"))[:2]
+    content, times = bad.read_bytes(), good.stat().st_mtime_ns
+    bad.write_bytes(content[:50])
+    report = run(videos, tmp_path)
+    assert report.done == (bad.stem,) and bad.read_bytes() == content and good.stat().st_mtime_ns == times
+
+
 def test_another_encoder_is_added_alone(videos, tmp_path):
     calls = []
     first = dot("first", watch=lambda: calls.append("first"))

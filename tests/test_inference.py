@@ -220,7 +220,9 @@ def test_top(answerer, watched, top, named, seconds):
     assert reply.probability >= max([p for _, p in reply.alternatives], default=0)
 
 
-def test_top_must_be_positive(answerer, watched):
+def test_questions_are_text_and_top_is_positive(answerer, watched):
+    for wrong in (None, [1], b"how", [b"how"], 7):
+        with pytest.raises(ValueError, match="is no text; give a string, or several in a list"): answerer.ask(watched, wrong)
     with pytest.raises(ValueError, match="top=0"): answerer.ask(watched, QUESTIONS[0], 0)
 
 

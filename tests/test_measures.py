@@ -24,10 +24,10 @@ from mcd_edu.measures import (
     collect_maps,
     decisive_seconds,
     disturbed,
-    divergence,
     diversity,
     diversity_of,
     examine,
+    jensen_shannon,
     mean_surprise,
     over_seeds,
     point,
@@ -142,9 +142,9 @@ def test_separability_by_hand():
 @given(st.integers(0, 10**6), st.integers(1, 6))
 def test_divergence_is_a_distance_in_bits(seed, t):
     p, q = np.random.default_rng(seed).dirichlet(np.full(t, .3), size=(2, 3))
-    found = divergence(p, q)
-    assert ((found >= -1e-12) & (found <= 1 + 1e-12)).all() and np.allclose(found, divergence(q, p))
-    assert np.allclose(divergence(p, p), 0)
+    found = jensen_shannon(p, q)
+    assert ((found >= -1e-12) & (found <= 1 + 1e-12)).all() and np.allclose(found, jensen_shannon(q, p))
+    assert np.allclose(jensen_shannon(p, p), 0)
 
 
 def test_diversity_is_the_mean_over_pairs():

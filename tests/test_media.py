@@ -1,9 +1,11 @@
 """Videos of every kind, whole and broken: what is read, what is refused, and in which words."""
 
+import os
 import struct
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -210,10 +212,36 @@ def test_other_containers(tmp_path, name, codecs, rate):
     np.testing.assert_allclose(levels(segments)[:5, 1], 20 * np.arange(5), atol=3)
 
 
-def test_clock_that_does_not_start_at_zero(tmp_path):
-    times = 7 + np.arange(20) / 4
-    path = make(tmp_path / "a.ts", staircase(5), scale(5), times=times, sound_start=7)
-    check_scale(read_segments(path), 5)
+@pytest.mark.parametrize("layout", ["5.1", "6.1", "7.1"])
+def test_many_channels_are_averaged(tmp_path, layout):
+    channels = len(av.AudioLayout(layout).channels)
+    level = np.repeat(np.linspace(0, .5, channels)[None], SAMPLE_RATE, 0)         # another one in each channel
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        audio = container.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout=layout)
+        samples = av.AudioFrame.from_ndarray((32768 * level).astype(np.int16).reshape(1, -1), "s16", layout)
+        samples.sample_rate, samples.pts = SAMPLE_RATE, 0
+        container.mux(audio.encode(samples))
+        container.mux(audio.encode())
+    segments = read_segments(tmp_path / "a.wav", allow_missing=True)
+    np.testing.assert_allclose(segments.waveform, .25, atol=1e-3)
+
+
+@pytest.mark.parametrize("fps", [1, 2, 4, 25])
+def test_avi_does_not_say_in_which_order_frames_are_shown(tmp_path, fps):
+    path = make(tmp_path / "a.avi", staircase(6, fps), scale(6), fps=fps, codecs=("libx264", "pcm_s16le"))
+    segments = read_segments(path)
+    np.testing.assert_allclose(levels(segments)[:5, 2], 20 * np.arange(5), atol=3)
+
+
+@pytest.mark.parametrize("name, start", [("a.ts", 7), ("a.mkv", 100), ("a.webm", 10), ("a.mp4", 3)])
+def test_clock_that_does_not_start_at_zero(tmp_path, name, start):
+    codecs, rate = (("libvpx", "libopus"), 48_000) if name.endswith("webm") else (("libx264", "aac"), SAMPLE_RATE)
+    path = make(tmp_path / name, staircase(5), scale(5, rate), times=start + np.arange(20) / 4, sound_start=start,
+                codecs=codecs, rate=rate)
+    segments = read_segments(path)
+    assert len(segments) == 5 and segments.duration == pytest.approx(5, abs=.3)
+    np.testing.assert_allclose(levels(segments), 20 * np.arange(5)[:, None].repeat(4, 1), atol=4)
+    np.testing.assert_allclose(pitches(segments), 200 + 50 * np.arange(5), atol=1)
 
 
 def test_sound_that_starts_late_and_stops_early(tmp_path):
@@ -554,6 +582,16 @@ def test_whole_file_replaces_the_old_one(tmp_path):
     path.write_text("before")
     write_whole(path, lambda draft: draft.write_text(path.read_text() + " and after"))
     assert [file.read_text() for file in tmp_path.iterdir()] == ["before and after"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_target_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link", "."):
+        with pytest.raises(OSError, match="not a file; choose another name"):
+            write_whole(tmp_path / name if name != "." else Path("."), lambda draft: draft.write_text("x"))
+    assert (tmp_path / "pipe").is_fifo() and sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
 
 
 def test_target_that_is_a_folder(tmp_path):

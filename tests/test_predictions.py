@@ -132,3 +132,20 @@ def test_types_of_another_dataset_are_refused_by_a_schema(tmp_path):
     path.write_text(json.dumps(LINE))
     assert read_predictions(path).schema.question_types == (("a", "b"),)
     with pytest.raises(DataError, match="none of music_avqa"): read_predictions(path, MUSIC_AVQA)
+
+
+def test_a_sign_that_other_programs_take_for_the_end_of_a_line(tmp_path):
+    line = {"dataset": "avqa", "id": 1, "video": "a", "type": ["Sound", "Why"], "gold": "a\u2028b\u0085c", "prediction": "x"}
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(line, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert [one["gold"] for one in read_lines(path)] == ["a\u2028b\u0085c"]
+
+
+def test_nothing_but_predictions_is_overwritten(tmp_path, data):
+    model, path = make(data), tmp_path / "notes.txt"
+    path.write_text("my notes")
+    with pytest.raises(DataError, match="choose another name"): write_predictions(path, model, data)
+    assert path.read_text() == "my notes"
+    path.write_text("")
+    first = write_predictions(path, model, data).read_text()
+    assert first and write_predictions(path, model, data).read_text() == first
