@@ -24,7 +24,7 @@ SHARING = {          # which streams share an attention → the number of a stre
     "none": lambda level, modality: 2 * level + modality,   # nobody shares
 }
 
-# %% ../nbs/06_aggregator.ipynb #d2eb86cd
+# %% ../nbs/06_aggregator.ipynb #c3cf0e9c
 class Aggregator(nn.Module):
     "Clues at the low, then at the high level. ValueError: `sharing`, `top_k`, shapes. [P][F], FFN [O]"
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTENTIONS', 'keep_top', 'TopAttention', 'AssociationStream', 'AssociationBlock', 'Association']
 
-# %% ../nbs/05_association.ipynb #f095b894
+# %% ../nbs/05_association.ipynb #63584ec6
 import torch
 from einops import einsum
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .layers import FeedForward, KeysValues, MultiHeadAttention, check_width
 from .layers import attention as soft_attention
 
-# %% ../nbs/05_association.ipynb #785f89de
+# %% ../nbs/05_association.ipynb #738bd8e0
 def keep_top(
     weights:Tensor,  # attention weights, … t
     top_k:int,       # how many of a row are kept

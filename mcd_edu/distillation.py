@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .layers import check_mask, check_width, masked_mean
 
-# %% ../nbs/08_distillation.ipynb #b03c9c33
+# %% ../nbs/08_distillation.ipynb #72faeeb9
 def unit(
     vectors:Tensor, # any length, … d
 ) -> Tensor: # the same directions with length 1, … d
@@ -40,7 +40,7 @@ def similarities(
     with torch.autocast(first.device.type, enabled=False):
         return einsum(first.to(dtype), second.to(dtype), "n d, p d -> n p") / temperature
 
-# %% ../nbs/08_distillation.ipynb #18316e73
+# %% ../nbs/08_distillation.ipynb #79d4b0fe
 def weighted_mean(
     values:Tensor, # one number each, n
     weight:Tensor, # bool or float, 0 leaves a value out, n
@@ -72,7 +72,7 @@ def contrastive_loss(
     per_pair = F.softplus(negatives - logits) * positives
     return weighted_mean(per_pair.sum(1) / positives.sum(1).clamp(min=1), weight * positives.any(1))
 
-# %% ../nbs/08_distillation.ipynb #04123378
+# %% ../nbs/08_distillation.ipynb #0282a165
 def same_video(
     first:Tensor,  # ids, n
     second:Tensor, # ids, p
@@ -108,7 +108,7 @@ def association_loss(
     return (contrastive_loss(visual, audio, positives, temperature)
             + contrastive_loss(audio, visual, positives, temperature)) / 2
 
-# %% ../nbs/08_distillation.ipynb #12bd6499
+# %% ../nbs/08_distillation.ipynb #9fb5bcad
 class SharedSpace(NamedTuple):
     "Pictures, sounds and questions as unit vectors of one space."
     visual:Tensor   # z_v, b r
@@ -130,7 +130,7 @@ class Projection(nn.Sequential):
     ) -> Tensor: # unit vectors, … s
         return unit(super().forward(x))
 
-# %% ../nbs/08_distillation.ipynb #b1b1213d
+# %% ../nbs/08_distillation.ipynb #d27c2657
 def approximation_loss(
     question:Tensor,          # z_q, unit vectors, b k r
     media:Tensor,             # z_v or z_a, unit vectors, b r
@@ -156,7 +156,7 @@ def approximation_loss(
     seen = similarities(rows, media, temperature).log_softmax(1)        # what its question sees
     return weighted_mean(F.kl_div(seen, target, reduction="none").sum(1), weight)
 
-# %% ../nbs/08_distillation.ipynb #5c3cbeb0
+# %% ../nbs/08_distillation.ipynb #ba84530a
 class SemanticApproximation(nn.Module):
     "L_kd: questions meet their video's pictures and sounds in one space. [P][F], variants [O]"
     def __init__(self,

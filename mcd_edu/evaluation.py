@@ -35,7 +35,7 @@ class Predictions:
     @property
     def right(self) -> np.ndarray: return self.predicted == self.answers     # n, bool
 
-# %% ../nbs/11_evaluation.ipynb #725f7e5a
+# %% ../nbs/11_evaluation.ipynb #e96adc0f
 def to_predictions(
     predicted:Sequence[str],         # an answer for each question
     questions:Sequence[Question],    # in any order
@@ -110,7 +110,7 @@ def check_rows(
     if not np.isfinite(np.asarray(right, float)).all():
         raise ValueError("evaluation: `right` has values that are no numbers; give 0, 1 or a mean")
 
-# %% ../nbs/11_evaluation.ipynb #602ad35a
+# %% ../nbs/11_evaluation.ipynb #4772f8cb
 def averages(
     right:np.ndarray,        # n, share of right answers of each question (0, 1, or mean over seeds)
     types:np.ndarray,        # n, number of the question type
@@ -122,7 +122,7 @@ def averages(
                     for weights in (right, None))
     return dict(zip(rows_of(schema), rates(total, count, schema).tolist()))
 
-# %% ../nbs/11_evaluation.ipynb #eadca8de
+# %% ../nbs/11_evaluation.ipynb #98b47845
 def other_clips(
     batch:VideoBatch,
     data:AVQADataset,        # where the batch comes from
@@ -253,7 +253,7 @@ def score(
     "The table of one model with its intervals. ValueError: seeds of different test sets."
     return score_rows(mean_right(predictions), first_of(predictions), draws, seed)
 
-# %% ../nbs/11_evaluation.ipynb #f635e905
+# %% ../nbs/11_evaluation.ipynb #ceb867a4
 def compare(
     first:Predictions|Sequence[Predictions],     # one, or one a seed
     second:Predictions|Sequence[Predictions],

@@ -152,7 +152,7 @@ class Features:
         if not lengths: raise DataError(f"{self.path}: no videos were asked for; name some")
         return lengths, tuple(expected)
 
-# %% ../nbs/00_features.ipynb #e639d4fc
+# %% ../nbs/00_features.ipynb #4bc2fadb
 PLAIN_NAME = re.compile(r"[\w-]{1,150}")   # of a video
 
 def check_name(
@@ -285,7 +285,7 @@ def to_bytes(
                         "at 65504; pack with dtype='float32'")
     return np.ascontiguousarray(block.numpy(), DTYPES[dtype])
 
-# %% ../nbs/00_features.ipynb #5e191ed5
+# %% ../nbs/00_features.ipynb #e61b8526
 FORMAT, VERSION = "mcd_edu features", 1
 INDEX = "index.json"
 STORE_FILES = re.compile(r"index\.json|data-[0-9a-f]{16}\.bin|\..*\.part")
@@ -358,7 +358,7 @@ def write_data(
                           f"videos; {bad[0]}", stacklevel=3)
     return {"segment": segment, "sha256": hasher.hexdigest(), "videos": lengths}
 
-# %% ../nbs/00_features.ipynb #522fabfa
+# %% ../nbs/00_features.ipynb #fc9e7387
 def pack_features(
     source:str|Path|Features,        # folder of {video_id}.npy, x.npy with x.json, or a store
     out:str|Path,                    # folder of the store

@@ -103,7 +103,7 @@ class LocalElementFusion(nn.Module):
         written = rearrange(self.write(element), "b k d -> b k 1 d")
         return self.question_norm(question + written), weights
 
-# %% ../nbs/07_fusion.ipynb #ec117e7a
+# %% ../nbs/07_fusion.ipynb #2d0ce8d9
 class NoFusion(nn.Module):
     "The variant without local element fusion: LN(q), whatever the objects are. [O]"
     def __init__(self,
