@@ -312,8 +312,8 @@ def check_whole(
     ends:dict[int, float],   # where each track ended, seconds, by the number of the track
 ) -> None:
     "Check that all came that was announced. MediaError where the file was cut off."
-    rate = container.streams.video and container.streams.video[0].average_rate
-    spare = max(CUT_SECONDS, 2 / rate if rate else 0)        # the last frames may not say how long they last
+    rates = [stream.average_rate for stream in container.streams.video[:1] if stream.average_rate]
+    spare = max([CUT_SECONDS, *(2 / rate for rate in rates)])    # the last frames may not say how long they last
     whole = {0: (container.duration / av.time_base, max(ends.values()))}
     for stream in container.streams:
         if ends.get(stream.index) and stream.duration:
@@ -354,8 +354,9 @@ def read_segments(
         starts = segment_starts(duration, num_segments)
         offsets = (np.arange(FRAMES_PER_SEGMENT) + 0.5) / FRAMES_PER_SEGMENT
         begin = first_moment(container)
-        rate = container.format.name == "avi" and container.streams.video and container.streams.video[0].average_rate
-        pictures = FrameCollector((starts[:, None] + offsets).ravel(), begin, rate or None)      # AVI notes another order
+        video = container.streams.video[:1]
+        rate = video[0].average_rate if video and container.format.name == "avi" else None     # AVI notes another order
+        pictures = FrameCollector((starts[:, None] + offsets).ravel(), begin, rate)
         sound = SoundCollector(starts, begin)
         try: ends = collect(container, pictures, sound)
         except (av.error.FFmpegError, ValueError) as error:
