@@ -57,7 +57,8 @@ MEASURES:dict[str, Callable[[Result], float]] = {    # name → number of a run
     "seen − unseen videos": lambda r: 100 * (part_of(r, "seen", "accuracy") - part_of(r, "test", "accuracy")),
     "4 questions all right": lambda r: 100 * all_right(r.test, 4),
     "told apart": lambda r: 100 * separability(r.test, same_type=True),
-    "told apart by the clip": lambda r: MEASURES["told apart"](r) - 100 * separability(r.shuffled, same_type=True),
+    "told apart, another clip": lambda r: 100 * separability(r.shuffled, same_type=True),
+    "told apart by the clip": lambda r: MEASURES["told apart"](r) - MEASURES["told apart, another clip"](r),
     "clue diversity": mean_diversity,
     **{f"pointing: {look}": lambda r, look=look: pointing_above_chance(r, look) for look in LOOKS},
     **{f"accuracy, {name}": lambda r, name=name: 100 * r.record["measured"]["disturbed"][name]

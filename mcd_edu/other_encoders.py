@@ -6,19 +6,16 @@
 from __future__ import annotations
 import json
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .data import DataError
 from .encoders import LogMel, VisualEncoder
-from .media import save_array
+from .media import save_array, work_through
 from .samples.scenes import FPS, Scene, render_frames, render_waveform
 from .samples.sounds import load_bank
 
@@ -102,9 +99,4 @@ def draw_features(
         scenes = [scene for scene in scenes if not (place / f"{scene.video_id}.npy").is_file()]
         job = partial(save_scene, folder=Path(folder), name=name)
         place.mkdir(parents=True, exist_ok=True)
-        if not workers:
-            for scene in scenes: job(scene)
-        elif scenes:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn"),
-                                     initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for _ in tqdm(pool.map(job, scenes, chunksize=8), total=len(scenes), unit="clip"): pass
+        if scenes: work_through(job, scenes, workers, torch.set_num_threads, 1)
