@@ -16,10 +16,12 @@ NOTEBOOK    = PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/python tools/notebooks.
 WORKERS     ?= 2
 DEVICE      ?= cpu
 PYTEST_ARGS ?=
+FUZZED       := annotations features media questions
+FUZZ_SECONDS ?= 3600
 # nbdev leaves one blank line after the imports of a module, and none after `from __future__`
 EXPORTED_IMPORTS := --config lint.isort.lines-after-imports=1 --config 'lint.isort.no-lines-before=["standard-library"]'
 
-.PHONY: help env demo test lint lab export notebooks readme docs samples encoders weights results tables search claims bench
+.PHONY: help env demo test lint lab export notebooks readme docs samples encoders weights results tables search claims bench long fuzz
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +40,18 @@ demo: env  ## train on the shipped clips, then ask about one of them
 
 test: lint  ## run every check: lint, tests, each notebook from a fresh kernel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+long: env  ## the checks that `make test` keeps short, at full length: kills, an hour of film, hours of silence
+	KILLS=20 LONG_MINUTES=60 SILENT_HOURS=8 $(BIN)/python -m pytest tests/test_kill.py tests/test_long_video.py tests/test_untrusted.py
+
+fuzz: $(FUZZED:%=fuzz-%)  ## hand each reader spoilt bytes for an hour (-j 2: two at a time; Linux)
+
+fuzz-%: $(VENV)/.atheris
+	$(BIN)/python tools/fuzz.py $* --seconds $(FUZZ_SECONDS)
+
+$(VENV)/.atheris: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet atheris
+	touch $@
 
 lint: env  ## check the code, and that notebooks, package and README agree
 	$(BIN)/ruff check

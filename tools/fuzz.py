@@ -1,19 +1,22 @@
 """Hand a reader bytes for as long as one likes, led by the code that they reach; keep what surprises it.
 
     pip install atheris                      # Linux; not among the requirements of the project
-    python tools/fuzz.py media --seconds 3600 --out runs/fuzz
+    python tools/fuzz.py media --seconds 3600
 
-Each surprise is kept once, by the place where it was raised. Copy what was found to
-tests/fuzz/found/<target>, mend the reader, and it stays a test. Without atheris
-`FUZZ_SECONDS=3600 pytest tests/fuzz -k media` spoils inputs blindly.
+What was run goes to results/fuzz/<target>.json, and each surprise once, by the place where it was
+raised, with its input in runs/fuzz/<target>. Copy what was found to tests/fuzz/found/<target>, mend
+the reader, and it stays a test. Without atheris `FUZZ_SECONDS=3600 pytest tests/fuzz -k media`
+spoils inputs blindly.
 """
 
 import argparse
 import hashlib
 import json
+import platform
 import sys
 import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,16 +28,21 @@ import atheris  # noqa: E402
 with atheris.instrument_imports(include=["mcd_edu", "json", "numpy.lib"]):
     from fuzz_targets import LONGEST, TARGETS, run, seeds
 
+    from mcd_edu.media import write_whole
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=3600)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "fuzz")
+    parser.add_argument("--found", type=Path, default=ROOT / "runs" / "fuzz", help="folder of the inputs that surprised")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "fuzz", help="folder of the records")
     options = parser.parse_args()
-    found = options.out / options.target
-    found.mkdir(parents=True, exist_ok=True)
-    state = {"target": options.target, "runs": 0, "surprises": {}, "start": time.time()}
+    found, record, start = options.found / options.target, options.out / f"{options.target}.json", time.monotonic()
+    for folder in (found, options.out): folder.mkdir(parents=True, exist_ok=True)
+    state = {"command": f"python tools/fuzz.py {options.target} --seconds {options.seconds}",
+             "python": platform.python_version(), **{name: version(name) for name in ("atheris", "av", "numpy")},
+             "seconds": 0, "runs": 0, "surprises": {}}
 
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -56,9 +64,9 @@ def main() -> None:
                 if key not in state["surprises"]:
                     state["surprises"][key] = [*place, lines[-1]]
                     (found / key).write_bytes(data)
-            if state["runs"] % 100 == 0:
-                note = state | {"seconds": round(time.time() - state["start"])}
-                (found.parent / f"{options.target}.json").write_text(json.dumps(note, indent=1))
+            if (seconds := round(time.monotonic() - start)) >= state["seconds"] + 10:
+                state["seconds"] = seconds
+                write_whole(record, lambda part: part.write_text(json.dumps(state, indent=1) + "\n"))
 
         atheris.Setup([sys.argv[0], str(corpus), f"-max_len={LONGEST}", f"-dict={words}", "-timeout=60",
                        "-rss_limit_mb=6000", f"-max_total_time={options.seconds}", "-verbosity=0", "-print_final_stats=1",
