@@ -21,7 +21,7 @@ from .data import Vocabulary
 from .media import write_tensors, write_whole
 
 # %% auto #0
-__all__ = ['FILES', 'RESULTS', 'CARD', 'CheckpointError', 'weights_of', 'write_checkpoint', 'halve', 'read_config',
+__all__ = ['FILES', 'RESULTS', 'CARD', 'CheckpointError', 'weights_of', 'write_checkpoint', 'halve', 'fingerprint', 'read_config',
            'read_checkpoint', 'plain', 'markdown_rows', 'provenance', 'results_table', 'fetch', 'Pretrained']
 
 # %% ../nbs/08b_hub.ipynb #8a30bbc4
@@ -64,6 +64,19 @@ def halve(
     if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{path}: {odd[0]} holds numbers beyond 16 bits; keep it as it is")
     write_tensors(path, tensors)
+
+# %% ../nbs/08b_hub.ipynb #9be3f2c4
+def fingerprint(
+    *parts:Tensor|str|None,
+) -> str:                    # 16 characters
+    "Of the numbers, types and shapes of tensors, and of texts."
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            found.update(part.detach().cpu().contiguous().numpy().tobytes())
+        else: found.update(repr(part).encode())
+    return found.hexdigest()[:16]
 
 # %% ../nbs/08b_hub.ipynb #dcfda6e5
 def read_config(

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .hub import fingerprint
 from .media import write_tensors
-from .training import fingerprint
 
 # %% auto #0
 __all__ = ['name_parts', 'blank_state', 'put_parts', 'save_state', 'load_state']

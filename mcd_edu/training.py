@@ -4,7 +4,6 @@
 
 # %% ../nbs/10_training.ipynb #452fd770
 from __future__ import annotations
-import hashlib
 import json
 import math
 from collections import defaultdict
@@ -22,7 +21,7 @@ from .baselines.knowledge_distillation import TeacherCache
 from .data import MUSIC_AVQA, AVQADataset, DataError, Schema, VideoBatch, Vocabulary
 from .datasets import schema_from_json, schema_to_json
 from .devices import Feed, Share, Team, each
-from .hub import CheckpointError, read_checkpoint, write_checkpoint
+from .hub import CheckpointError, fingerprint, read_checkpoint, write_checkpoint
 from .media import save_array, write_tensors
 from .model import Answer
 from .models import MODELS, build, kind_of
@@ -33,8 +32,8 @@ from .samples.scenes import DURATION, LEVELS, PLACES, Scene, sample_scene
 # %% auto #0
 __all__ = ['TOY_KINDS', 'LOOK_EVERY', 'NEWER', 'perfect_features', 'make_toy_set', 'schema_of', 'keywords', 'TrainingConfig',
            'learning_rate', 'make_optimizer', 'Step', 'check_finite', 'Guard', 'learn', 'train_epoch', 'ask',
-           'accuracy', 'save_checkpoint', 'load_checkpoint', 'flatten_optimizer', 'restore_optimizer', 'fingerprint',
-           'dataset_digest', 'differences', 'Progress', 'ask_teacher', 'check_together', 'train']
+           'accuracy', 'save_checkpoint', 'load_checkpoint', 'flatten_optimizer', 'restore_optimizer', 'dataset_digest',
+           'differences', 'Progress', 'ask_teacher', 'check_together', 'train']
 
 # %% ../nbs/10_training.ipynb #202822c5
 TOY_KINDS = INSTRUMENTS[:6]          # the instruments of the toy set
@@ -339,16 +338,6 @@ def restore_optimizer(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
 
 # %% ../nbs/10_training.ipynb #1608c645
-def fingerprint(
-    *tensors:Tensor,
-) -> str:                    # 16 characters
-    "A fingerprint of the numbers, types and shapes of some tensors."
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
-
 def dataset_digest(
     data:AVQADataset,
 ) -> str:

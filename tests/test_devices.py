@@ -167,7 +167,8 @@ torch.set_num_threads(1)
 from test_devices import CONFIG, tiny
 from mcd_edu.datasets import load_splits
 from mcd_edu.devices import Team
-from mcd_edu.training import CheckpointError, accuracy, fingerprint, load_checkpoint, train
+from mcd_edu.hub import fingerprint
+from mcd_edu.training import CheckpointError, accuracy, load_checkpoint, train
 
 splits, out, team, wrote = load_splits(sys.argv[1]), Path(sys.argv[2]), Team.find(), []
 data, val = splits["train"], splits["val"]

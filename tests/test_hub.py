@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from mcd_edu.data import Vocabulary
-from mcd_edu.hub import CheckpointError, fetch, halve, plain, results_table
+from mcd_edu.hub import CheckpointError, fetch, fingerprint, halve, plain, results_table
 from mcd_edu.inference import Answerer
 from mcd_edu.model import MCD, MCDConfig
 from mcd_edu.models import MODELS
@@ -178,3 +178,10 @@ def test_the_shipped_model_is_read_by_its_class():
     import mcd_edu
     model = MCD.from_pretrained(Path(mcd_edu.__path__[0]) / "weights" / "music_avqa")
     assert len(model.vocabulary) == model.config.vocab_size and os.sep not in model.about.get("data", "")
+
+
+def test_a_fingerprint_sees_values_types_shapes_and_texts():
+    x = torch.arange(6.)
+    different = [x, x.reshape(2, 3), x.double(), x + 1e-6, torch.arange(6), x > 2, "x", None]
+    assert len({fingerprint(part) for part in different}) == len(different)
+    assert fingerprint(x, x) != fingerprint(x) and fingerprint(x) == fingerprint(torch.arange(12.)[::2] / 2)

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/baselines/02_knowledge_distillation.ipynb #a83f60fc
 from __future__ import annotations
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..data import AVQADataset
-from ..hub import Pretrained
+from ..hub import Pretrained, fingerprint
 from ..layers import check_mask, masked_mean
 from ..media import write_tensors
 from ..model import Answer, Standardise, answer_loss, check_choices, check_named, check_numbers, score_choices
@@ -26,7 +25,7 @@ from ..model import Answer, Standardise, answer_loss, check_choices, check_named
 __all__ = ['at_least_float32', 'masked_softmax', 'GraphAttention', 'InteractionLayer', 'BilinearFusion', 'SelfAttentivePooling',
            'QuestionNorm', 'Classifier', 'ClipReader', 'QuestionReader', 'KDConfig', 'GraphState', 'Streams',
            'GraphAnswer', 'check_clips', 'check_questions', 'GraphVQA', 'divergence', 'distillation_losses',
-           'fingerprint', 'teacher_fingerprint', 'questions_fingerprint', 'TeacherCache']
+           'teacher_fingerprint', 'questions_fingerprint', 'TeacherCache']
 
 # %% ../../nbs/baselines/02_knowledge_distillation.ipynb #84762bfe
 def at_least_float32(
@@ -494,19 +493,6 @@ def distillation_losses(
             for name, temperature in parts.items()}
 
 # %% ../../nbs/baselines/02_knowledge_distillation.ipynb #ea79ba07
-def fingerprint(
-    *parts:Tensor|str|None,
-) -> str: # 16 characters
-    "Of the numbers, types and shapes of some tensors, and of texts."
-    found = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            found.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            found.update(part.detach().cpu().contiguous().numpy().tobytes())
-        else: found.update(repr(part).encode())
-    return found.hexdigest()[:16]
-
-
 def teacher_fingerprint(
     teacher:GraphVQA,
 ) -> str:
