@@ -6,6 +6,7 @@
 from __future__ import annotations
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,10 +24,10 @@ from tqdm.auto import tqdm
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'LOUDEST', 'CUT_SECONDS', 'FORMATS', 'STAND_IN',
-           'MediaError', 'Segments', 'segment_starts', 'writing', 'write_whole', 'write_tensors', 'write_json',
-           'save_array', 'claim_folder', 'start_worker', 'work_through', 'write_video', 'encode_mp4', 'FrameCollector',
-           'SoundCollector', 'open_media', 'check_tracks', 'first_moment', 'missing', 'check_whole', 'collect',
-           'read_segments']
+           'MOST_BOXES', 'MediaError', 'Segments', 'segment_starts', 'writing', 'write_whole', 'write_tensors',
+           'write_json', 'save_array', 'claim_folder', 'start_worker', 'work_through', 'write_video', 'encode_mp4',
+           'FrameCollector', 'SoundCollector', 'open_media', 'is_cut', 'check_tracks', 'first_moment', 'missing',
+           'check_whole', 'collect', 'read_segments']
 
 # %% ../nbs/01_media.ipynb #fac76398
 SAMPLE_RATE = 16_000         # Hz, mono
@@ -274,6 +275,22 @@ def open_media(
 
 # %% ../nbs/01_media.ipynb #b40636f4
 STAND_IN = {"picture": "black", "sound": "silence"}
+MOST_BOXES = 100_000         # of an mp4, looked at to find its end
+
+def is_cut(
+    path:str|Path,           # an mp4: boxes, each of which begins with its length and its name
+) -> bool:
+    "Does the file end before its last box does?"
+    at, size = 0, Path(path).stat().st_size
+    with open(path, "rb") as file:
+        for _ in range(MOST_BOXES):
+            if at + 8 > size: return at > size
+            file.seek(at)
+            head = file.read(16).ljust(16, b"\0")
+            length = struct.unpack(">8xQ" if head[:4] == b"\0\0\0\1" else ">I12x", head)[0]
+            if length < 8: return False          # 0: to the end of the file, whatever that is
+            at += length
+    return False
 
 def check_tracks(
     container:av.container.InputContainer,
@@ -283,6 +300,8 @@ def check_tracks(
     "Check that a file has what the encoders need. MediaError where it has not."
     tracks = {"picture": container.streams.video[:1], "sound": container.streams.audio[:1]}
     for kind, found in tracks.items():
+        if not found and "mp4" in container.format.name and is_cut(path):
+            raise MediaError(f"{path}: ends within its index, so it was cut off; copy it again")
         if not found and not allow_missing: raise missing(path, "has no", kind)
         if found and found[0].codec_context is None:
             raise MediaError(f"{path}: its {kind} track is in an unknown codec; convert it to mp4")

@@ -22,6 +22,7 @@ from mcd_edu.media import (
     FrameCollector,
     MediaError,
     SoundCollector,
+    is_cut,
     read_segments,
     segment_starts,
     write_video,
@@ -452,6 +453,26 @@ def test_truncated_with_the_index_lost(tmp_path, whole, share):
     assert data.index(b"mdat") < data.index(b"moov")
     (tmp_path / "a.mp4").write_bytes(data[:round(share * len(data))])
     refused(tmp_path / "a.mp4", "not a video")
+
+
+@pytest.mark.parametrize("allow_missing", [False, True])
+@pytest.mark.parametrize("share", [0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9])
+def test_truncated_within_the_index(tmp_path, whole, share, allow_missing):
+    """Where the index of the sound is lost, the sound is not replaced by silence."""
+    data = whole.read_bytes()
+    index = data.index(b"moov") - 4
+    (tmp_path / "a.mp4").write_bytes(data[:index + 16 + round(share * (len(data) - index - 16))])
+    refused(tmp_path / "a.mp4", "cut off", allow_missing=allow_missing)
+
+
+def test_boxes_that_tell_where_a_file_ends(tmp_path):
+    """Lengths of 4 bytes, of 8, and none: to the end of the file."""
+    head, path = b"\0\0\0\x0cftypisom", tmp_path / "a.mp4"
+    long = b"\0\0\0\1mdat" + (20).to_bytes(8, "big") + b"abcd"
+    for content, cut in (head, False), (head + long, False), (head + long[:-1], True), (head + b"\0\0\0\0mdatabc", False), \
+                        (head[:9], True), (head + b"abc", False), (b"\0" * 40, False):
+        path.write_bytes(content)
+        assert is_cut(path) == cut, content
 
 
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.8, 0.97])
