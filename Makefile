@@ -48,6 +48,7 @@ fuzz: $(FUZZED:%=fuzz-%)  ## hand each reader spoilt bytes for an hour (-j 2: tw
 
 fuzz-%: $(VENV)/.atheris
 	$(BIN)/python tools/fuzz.py $* --seconds $(FUZZ_SECONDS)
+	grep -q '"surprises": {}' results/fuzz/$*.json
 
 $(VENV)/.atheris: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet atheris

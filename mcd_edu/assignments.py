@@ -195,12 +195,9 @@ def new_assignment(
     "Hand out an assignment; what is there already stays. ValueError: no such name, or it is there."
     load_assignment(name, course)
     path = folder / f"{name}.ipynb"
-    folder.mkdir(parents=True, exist_ok=True)
-    try: file = path.open("xb")
-    except FileExistsError as error:
-        raise ValueError(f"{path} is there already, perhaps with your work in it; name another "
-                         "folder") from error
-    with file: file.write((course / path.name).read_bytes())
+    if path.exists():
+        raise ValueError(f"{path} is there already, perhaps with your work in it; name another folder")
+    write_whole(path, lambda part: part.write_bytes((course / path.name).read_bytes()))
     return path
 
 # %% ../nbs/16_assignments.ipynb #f517c363

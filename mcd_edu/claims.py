@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .measures import LOOKS, Paired, Pointing, all_right, over_seeds, separability, verdict
+from .measures import FAILS, HOLDS, LOOKS, Paired, Pointing, all_right, over_seeds, separability, verdict
 from .results import Result, table_lines
 from .variants import ABLATIONS, Run
 
 # %% auto #0
-__all__ = ['MEASURES', 'LOWER_IS_BETTER', 'TOPICS', 'CLUE', 'LATE', 'PARTS', 'PAIRS', 'CLAIMS', 'Table', 'COLOURS', 'FRACTIONS',
-           'SPREAD', 'part_of', 'pointing_above_chance', 'mean_diversity', 'Claim', 'by_seed', 'gain', 'Judged',
-           'judge', 'holm', 'with_interval', 'claims_table', 'headline', 'forest', 'claim_runs', 'setting',
-           'reference_table', 'curve']
+__all__ = ['MEASURES', 'LOWER_IS_BETTER', 'TOPICS', 'CLUE', 'LATE', 'BLOCKS', 'PARTS', 'PAIRS', 'CLAIMS', 'Table', 'COLOURS',
+           'FRACTIONS', 'SPREAD', 'part_of', 'pointing_above_chance', 'mean_diversity', 'Claim', 'by_seed', 'gain',
+           'Judged', 'judge', 'holm', 'with_interval', 'claims_table', 'counted', 'headline', 'forest', 'claim_runs',
+           'setting', 'reference_table', 'by_size', 'curve']
 
 # %% ../nbs/14b_claims.ipynb #a924d15e
 def part_of(
@@ -93,7 +93,8 @@ TOPICS = {   # short name → what the paper says [P], or we [O]
     "pointing": "The clues point at the seconds that decide. [O]",
 }
 CLUE, LATE = "clue only, matched", ("late fusion, matched", "late add, matched", "late gate, matched")
-PARTS = ("no LEF", "no text objects", "an aggregator a modality", "an aggregator a level",
+BLOCKS = ("no residual", "hard association", "N = 0", "self-attention only", "pictures listen only", "sounds look only")
+PARTS = ("no text objects", "an aggregator a modality", "an aggregator a level",
          "four aggregators", "low only", "high only", "low and high in parallel", "no L_av", "no L_kd",
          "no L_av, no L_kd")
 PAIRS = [name for name in ABLATIONS if " + " in name and not name.endswith(", late")]
@@ -103,11 +104,12 @@ CLAIMS = (
       for measure in ("accuracy", *LOWER_IS_BETTER)),
     *(Claim("questions", measure, CLUE, late) for late in LATE
       for measure in ("4 questions all right", "told apart by the clip", "clue diversity")),
-    *(Claim("association", "accuracy", "MCD", other) for other in ("no residual", "hard association", "N = 0")),
+    *(Claim("association", "accuracy", "MCD", other) for other in BLOCKS),
+    Claim("parts", "accuracy", "plain LEF", "no LEF"),       # as the figure shows it
     *(Claim("parts", "accuracy", "MCD", other) for other in PARTS),
     Claim("backbones", "accuracy", CLUE, LATE[0]),
     *(Claim("backbones", "accuracy", pair, f"{pair}, late") for pair in PAIRS),
-    Claim("added", "accuracy", "MCD", "plain LEF"),
+    *(Claim("added", "accuracy", "MCD", other) for other in ("plain LEF", "no LEF")),
     *(Claim("pointing", f"pointing: {look}", "MCD") for look in LOOKS),
 )
 
@@ -182,6 +184,16 @@ def claims_table(
                       said if said != "holds" else f"**{said}**"])
     return table_lines(lines)
 
+def counted(
+    judged:Sequence[Judged],
+) -> str:
+    "How many lines hold, and do not, before and after Holm's correction; lines with three seeds or more."
+    known = [(one.verdict, p) for one, p in zip(judged, holm(judged)) if one.found is not None and one.found.seeds >= 3]
+    def count(said):
+        found = [p for verdict, p in known if verdict == said]
+        return f"{len(found)} ({sum(p < .05 for p in found)} after Holm's correction)"
+    return f"Of {len(known)} lines, {count(HOLDS)} hold and {count(FAILS)} do not."
+
 def headline(
     judged:Sequence[Judged],
 ) -> str:
@@ -206,12 +218,13 @@ def forest(
     from mcd_edu.visual import TEMPLATE
     known = [one for one in judged if one.found is not None and one.found.seeds > 1]
     if not known: return None
+    units = [max(abs(found.low), abs(found.high), 1e-9) for _, found, _ in known]
     fig = go.Figure(layout_template=TEMPLATE)
-    for claim, found, said in known:
-        unit = max(abs(found.low), abs(found.high), 1e-9)
-        fig.add_scatter(x=[found.value / unit], y=[f"{claim.measure}: {claim.text}"], mode="markers",
-                        marker=dict(color=COLOURS[said], size=8), hovertext=with_interval(found), showlegend=False,
-                        error_x=dict(array=[(found.high - found.value) / unit], color="#c3ccd6"))
+    fig.add_scatter(x=[round(found.value / unit, 4) for (_, found, _), unit in zip(known, units)],
+                    y=[f"{claim.measure}: {claim.text}" for claim, *_ in known], mode="markers",
+                    marker=dict(color=[COLOURS[said] for *_, said in known], size=8), showlegend=False,
+                    error_x=dict(array=[round((found.high - found.value) / unit, 4) for (_, found, _), unit in zip(known, units)],
+                                 color="#c3ccd6"), hovertext=[with_interval(found) for _, found, _ in known])
     fig.add_vline(0, line=dict(color="#5b6672", width=1))
     fig.update_layout(width=720, height=110 + 22 * len(known), title=title, font_size=11,
                       margin=dict(l=10, r=15, t=50, b=40), xaxis_title="against ← 0 → for the claim (each line in its own unit)")
@@ -263,6 +276,16 @@ def reference_table(
             table[result.run.variant].append(result)
     return dict(table)
 
+def by_size(
+    results:Sequence[Result],
+    runs:Sequence[Run],      # from `claim_runs`
+) -> dict[tuple[int, int], dict[str, list[Result]]]:     # clips, questions a video (0: all) → variant → seeds
+    "A table, as `judge` takes it, for each size of the training set; fewest clips first."
+    wanted, tables = {run.name for run in runs}, defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result.run.name in wanted: tables[result.run.clips, result.run.per_video or 0][result.run.variant].append(result)
+    return {size: dict(tables[size]) for size in sorted(tables)}
+
 def curve(
     results:Sequence[Result],
     runs:Sequence[Run],      # from `claim_runs`
@@ -270,9 +293,5 @@ def curve(
     measure:str,             # one of `MEASURES`
 ) -> list[tuple[int, int, Paired]]:  # clips, questions a video (0: all), number over seeds; fewest clips first
     "A measure over the sizes of the training set."
-    wanted, groups = {run.name for run in runs}, defaultdict(list)
-    for result in results:
-        if result.run.variant == variant and result.run.name in wanted:
-            groups[result.run.clips, result.run.per_video or 0].append(result)
-    values = {key: list(by_seed(group, measure).values()) for key, group in sorted(groups.items())}
-    return [(*key, over_seeds(seeds)) for key, seeds in values.items() if seeds]
+    values = {size: list(by_seed(table.get(variant, ()), measure).values()) for size, table in by_size(results, runs).items()}
+    return [(*size, over_seeds(seeds)) for size, seeds in values.items() if seeds]

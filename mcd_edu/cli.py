@@ -397,6 +397,7 @@ def experiments_run(
     data:SampleData=Path("data_samples/music_avqa"),
     work:Annotated[Path, typer.Option(help="folder of the checkpoints")]=Path("runs/claims"),
     workers:Annotated[int, typer.Option(min=1, help="trainings side by side, one core each")]=2,
+    device:Device="cpu",
     debug:Debug=False,
 ):
     "Train variants over seeds. What is done is kept; a stopped run goes on where it was."
@@ -407,7 +408,7 @@ def experiments_run(
         raise ValueError("name some variants, or give --all; there are "
                          + ", ".join(name for name in VARIANTS | ABLATIONS))
     runs = claim_runs(seeds, clips, epochs, variants=names or None)
-    files = run_grid(runs, data, results, work, workers)
+    files = run_grid(runs, data, results, work, workers, device=device)
     typer.echo(f"{len(files)} results: {results}")
 
 @experiments.command("table")

@@ -37,6 +37,7 @@ from mcd_edu.measures import (
 
 from .data import MUSIC_AVQA, AVQADataset, DataError, Question, Schema
 from .datasets import DATASETS, find_streams, load_questions, load_splits, schema_to_json, video_names
+from .devices import find_device
 from .evaluation import Predictions, predict, to_predictions
 from .media import start_worker, write_whole
 from .models import build, config_for
@@ -72,7 +73,7 @@ def read_record(
         Run(**record["run"])
         for part, key in wanted:
             _ = record[part][key]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise DataError(f"{file}: not a result file ({error}); delete it and run again") from error
     return record
 
@@ -178,11 +179,12 @@ def teacher_of(
     run:Run,                 # of a student
     splits:dict[str, AVQADataset],
     work:str|Path,           # checkpoints: a folder a run
+    device:str="cpu",
 ) -> Path:                   # folder of the checkpoint
     "The trained teacher; for the control, one that never learned anything."
     folder, learn = Path(work) / run.teacher.name, splits["train"]
     if not find_variant(run.variant).untrained_teacher:
-        train_run(run.teacher, splits, work)
+        train_run(run.teacher, splits, work, device)
         return folder
     torch.manual_seed(run.seed)
     model = build(config_of(run.teacher, splits))
@@ -194,14 +196,16 @@ def train_run(
     run:Run,
     splits:dict[str, AVQADataset],
     work:str|Path,           # checkpoints: a folder a run
+    device:str="cpu",        # as in `find_device`
     show_progress:bool=False,
 ) -> dict:                   # model, history and times, for the result file
     "Train, or go on, or find it done; the teacher of a student first."
     config, learn, folder = config_of(run, splits), splits["train"], Path(work) / run.name
-    shown = teacher_of(run, splits, work) if run.teacher else None
+    device = str(find_device(device))
+    shown = teacher_of(run, splits, work, device) if run.teacher else None
     start, worked, timed = time.perf_counter(), time.process_time(), []
-    teacher = ask_teacher(shown, learn, config) if shown else None
-    history = train(config, learn, splits["val"], folder, run.config, on_epoch=timed.append,
+    teacher = ask_teacher(shown, learn, config, device) if shown else None
+    history = train(config, learn, splits["val"], folder, run.config, device=device, on_epoch=timed.append,
                     show_progress=show_progress, teacher=teacher)
     return {"model": asdict(config), "history": history,
             "seconds": round(time.perf_counter() - start, 1),
@@ -282,15 +286,16 @@ def read_truth(
     file = Path(folder) / "truth" / "test.json"
     if not file.is_file(): return {}
     try: return {scene.video_id: scene for scene in map(Scene.from_json, json.loads(file.read_text(encoding="utf-8")))}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{file}: not the scenes of clips ({error}); make the samples again") from error
 
 def measure_part(
     model:nn.Module,
     part:AVQADataset,
+    device:str="cpu",        # where the model is
 ) -> dict:
     "How right and how sure, as figures and as the rows of a diagram."
-    found = examine(model, part)
+    found = examine(model, part, device)
     return {"questions": len(part), "accuracy": float(found.right.mean()), "loss": mean_surprise(found),
             "calibration_error": calibration_error(found),
             "reliability": [[round(x, 5) for x in row] for row in reliability(found)]}
@@ -299,16 +304,17 @@ def measure(
     model:nn.Module,                 # trained
     splits:dict[str, AVQADataset],   # train and test; seen, if questions were set aside
     scenes:Mapping[str, Scene],      # truth about test clips
+    device:str="cpu",                # where the model is
 ) -> dict:
     "All that a claim may need, small enough to keep."
     train, test = splits["train"], splits["test"]
     parts = {"train": some_questions(train, by_lot(train)[:TRAIN_SAMPLE]), "test": test,
              **({"seen": splits["seen"]} if "seen" in splits else {})}
-    found = {"parts": {name: measure_part(model, part) for name, part in parts.items()}}
+    found = {"parts": {name: measure_part(model, part, device) for name, part in parts.items()}}
     worse = {f"{stream}, {name}": disturbed(test, train, stream, noise) for stream in ("visual", "audio")
              for name, noise in DISTURBANCES.items()}
-    found["disturbed"] = {name: float(predict(model, part).right.mean()) for name, part in worse.items()}
-    if maps := collect_maps(model, test):
+    found["disturbed"] = {name: float(predict(model, part, device).right.mean()) for name, part in worse.items()}
+    if maps := collect_maps(model, test, device):
         found["diversity"] = diversity_of(maps, test.questions)
         found["pointing"] = {look: {name: [round(x, 5) for x in row] for name, row in table.items()}
                              for look, table in pointing_of(maps, test.questions, scenes).items()}
@@ -320,6 +326,7 @@ def run_one(
     data:str|Path|Mapping[str, str|Path],    # folder of the dataset, or dataset → folder
     results:str|Path,        # where the result file goes
     work:str|Path,           # where the checkpoint goes
+    device:str="cpu",        # cpu, cuda or auto
     show_progress:bool=True, # a bar
 ) -> Path:                   # the result file; kept if it is there
     """Train, choose the best epoch on val, answer the test questions once, note everything.
@@ -329,19 +336,22 @@ def run_one(
     if is_done(run, file): return file
     make_features(folder_of(data, run.dataset), run.dataset, 0, encoders_of(run))
     splits = read_splits(run, data)
-    found, test = train_run(run, splits, work, show_progress), splits["test"]
+    device, test = str(find_device(device)), splits["test"]
+    found = train_run(run, splits, work, device, show_progress)
     model, *_ = load_checkpoint(Path(work) / run.name)
-    shown = {"test": predict(model, test), "shuffled": predict(model, test, shuffle_videos=True)}
+    speed = round(answers_per_second(model, test))       # always of the processor
+    model = model.to(device)
+    shown = {name: predict(model, test, device, shuffle_videos=name == "shuffled") for name in ("test", "shuffled")}
     asked = AskedSet.read(folder_of(data, run.dataset), run, test.schema)
     scenes = read_truth(folder_of(data, run.dataset)) if run.dataset == "music_avqa" else {}
     record = {"run": asdict(run), "training": asdict(run.config), **found,
-              "answers_per_second": round(answers_per_second(model, test)),
+              "answers_per_second": speed, "device": device,
               "parameters": sum(p.numel() for p in model.parameters()),
               "torch": torch.__version__, "python": platform.python_version(),
               "machine": platform.machine(), "train_questions": len(splits["train"]),
               "test_questions": asked.digest, "schema": schema_to_json(test.schema),
               "predicted": {name: pack(shown[name].predicted) for name in shown},
-              "measured": measure(model, splits, scenes)}
+              "measured": measure(model, splits, scenes, device)}
     write_whole(file, lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
     return file
 
@@ -361,10 +371,11 @@ def teach(
     run:Run,                 # of a teacher
     data:str|Path|Mapping[str, str|Path],
     work:str|Path,
+    device:str="cpu",
 ) -> None:
     "See to it that the teacher's checkpoint is there; no result file."
     torch.set_num_threads(1)
-    train_run(run, read_splits(run, data), work)
+    train_run(run, read_splits(run, data), work, device)
 
 def run_grid(
     runs:Sequence[Run],
@@ -373,6 +384,7 @@ def run_grid(
     work:str|Path,           # folder of the checkpoints
     workers:int=2,           # processes, one thread each
     tested:bool=True,        # False: a search, see `try_one`
+    device:str="cpu",        # where all of them train
 ) -> list[Path]:             # the result files, in the order of the runs
     """All runs, side by side, students after teachers; what is there is kept, so it can be stopped.
     A run that fails is reported when the others are done. ValueError, DataError: `missing_runs`."""
@@ -387,9 +399,9 @@ def run_grid(
                 if run.teacher not in others and not find_variant(run.variant).untrained_teacher}
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool, \
             tqdm(total=len(missing) + len(teachers), unit="run") as bar:
-        waves = ([(teach, run, data, work) for run in teachers.values()]
-                 + [(job_of_run, run, data, results, work, False) for run in others],
-                 [(job_of_run, run, data, results, work, False) for run in students])
+        waves = ([(teach, run, data, work, device) for run in teachers.values()]
+                 + [(job_of_run, run, data, results, work, device, False) for run in others],
+                 [(job_of_run, run, data, results, work, device, False) for run in students])
         for wave in waves:
             jobs = {pool.submit(*job): job for job in wave}
             for _ in as_completed(jobs): bar.update()
@@ -403,13 +415,14 @@ def try_one(
     data:str|Path|Mapping[str, str|Path],
     results:str|Path,        # a folder for the search
     work:str|Path,
+    device:str="cpu",
     show_progress:bool=True,
 ) -> Path:
     "Train and note the history; test is not asked. DataError: the file is of another run."
     torch.set_num_threads(1)
     file = Path(results) / f"{run.name}.json"
     if is_done(run, file, tested=False): return file
-    found = train_run(run, read_splits(run, data), work, show_progress)
+    found = train_run(run, read_splits(run, data), work, device, show_progress)
     record = {"run": asdict(run), "training": asdict(run.config), **found}
     write_whole(file, lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
     return file

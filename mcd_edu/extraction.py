@@ -233,8 +233,8 @@ def fetch(
             raise ValueError(f"it holds a model of type {config.model_type!r}, not "
                              f"{' or '.join(map(repr, family.types))}")
         make = getattr(transformers, family.model)
-        model, report = make.from_pretrained(source, local_files_only=local, **family.options,
-                                             output_loading_info=True)
+        model, report = make.from_pretrained(source, local_files_only=local, use_safetensors=True,
+                                             output_loading_info=True, **family.options)
         slow = {"use_fast": False} if family.kind == "visual" else {}  # as it was trained: by PIL
         processor = getattr(transformers, PROCESSORS[family.kind]).from_pretrained(
             source, **where, **slow)

@@ -310,9 +310,10 @@ def prepare_folder(
 def clean_folder(
     folder:Path,             # of a store, whole or not
 ) -> None:
-    "Drop drafts, and data that no index has come to name."
+    "Drop drafts, data that no index has come to name, and the folder if nothing is left in it."
     loose = [] if (folder / INDEX).is_file() else folder.glob("data-*.bin")
     for file in (*folder.glob(".*.part"), *loose): file.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
 
 def write_index(
     folder:Path,             # of the store

@@ -254,7 +254,7 @@ class Pretrained(PyTorchModelHubMixin, library_name="mcd_edu", license="apache-2
         folder = fetch(where, **options)
         model, model.vocabulary, model.about = read_checkpoint(folder, {cls.kind: (cls.make_config, cls)})
         try: model.results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError): pass       # no test was run, or it left nothing readable
+        except (OSError, ValueError, RecursionError): pass       # no test was run, or it left nothing readable
         return model
 
     def _save_pretrained(self, save_directory:Path) -> None:

@@ -23,17 +23,18 @@ import numpy as np
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'LOUDEST', 'CUT_SECONDS', 'FORMATS', 'STAND_IN',
-           'MOST_BOXES', 'MediaError', 'Segments', 'segment_starts', 'writing', 'write_whole', 'write_tensors',
-           'write_json', 'save_array', 'claim_folder', 'start_worker', 'work_through', 'write_video', 'encode_mp4',
-           'FrameCollector', 'SoundCollector', 'open_media', 'is_cut', 'check_tracks', 'first_moment', 'missing',
-           'check_whole', 'collect', 'read_segments']
+__all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'MOST_SOUND', 'LOUDEST', 'CUT_SECONDS', 'FORMATS',
+           'STAND_IN', 'MOST_BOXES', 'MediaError', 'Segments', 'segment_starts', 'writing', 'write_whole',
+           'write_tensors', 'write_json', 'save_array', 'claim_folder', 'start_worker', 'work_through', 'write_video',
+           'encode_mp4', 'FrameCollector', 'SoundCollector', 'open_media', 'is_cut', 'check_tracks', 'first_moment',
+           'missing', 'check_whole', 'collect', 'read_segments']
 
 # %% ../nbs/01_media.ipynb #fac76398
 SAMPLE_RATE = 16_000         # Hz, mono
 FRAMES_PER_SEGMENT = 4       # frames kept of each second
 FRAME_SIZE = 128             # pixels a side
 MAX_PIXELS = 8192 * 8192     # a larger picture is refused
+MOST_SOUND = 120             # seconds in one piece of sound, all channels together
 LOUDEST = 1e6                # samples are 1 at most, 32768 where somebody forgot to scale them
 CUT_SECONDS = 0.5            # a track that ends so much before its time was cut off
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,wav,mp3,flac"  # mov is also mp4 and 3gp
@@ -239,8 +240,10 @@ class SoundCollector:
         self.waveform, self.position = np.zeros((len(starts), SAMPLE_RATE), np.float32), None
 
     def add(self, frame:av.AudioFrame|None) -> None:
-        "The next piece of sound; None: the stream has ended."
+        "The next piece of sound; None: the stream has ended. ValueError: minutes in one piece."
         if frame is not None:
+            if frame.samples * frame.layout.nb_channels > MOST_SOUND * frame.sample_rate:
+                raise ValueError(f"its sound has a piece of {frame.samples} samples at {frame.sample_rate} Hz")
             here = round(((frame.time or 0) - self.start) * SAMPLE_RATE)
             if self.position is None or abs(here - self.position) > SAMPLE_RATE // 4:
                 self.position = max(0, here)      # the first piece, or one after a gap

@@ -82,7 +82,7 @@ def read_scenes(
     files = [Path(folder) / "truth" / f"{split}.json" for split in ("train", "val", "test")]
     try: return [Scene.from_json(record) for file in files
                  for record in json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{folder}: no scenes to draw ({error}); give a sample set of "
                         "music_avqa with its folder truth/") from error
 

@@ -381,8 +381,11 @@ class Progress:
             with safe_open(self.path, "pt") as file:
                 notes = json.loads(file.metadata()["progress"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            return notes["settings"], notes["history"], tensors
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            settings, history = notes["settings"], notes["history"]
+            settings["training"] = {**NEWER, **settings["training"]}
+            for epoch in history: _ = epoch["val"]
+            return settings, history, tensors
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: unreadable ({error}); "
                                   "delete it to begin anew") from error
 
@@ -390,7 +393,6 @@ class Progress:
         "Empty at the start. CheckpointError where the folder holds a training with other settings."
         if not self.path.is_file(): return []
         settings, history, tensors = self.read()
-        settings["training"] = {**NEWER, **settings["training"]}
         here = json.loads(json.dumps(self.settings))
         if settings != here:
             raise CheckpointError(f"{self.path.parent}: holds a training with other settings; "

@@ -39,7 +39,7 @@ def test_it_says_what_is_missing(show, tmp_path):
 def test_it_shows_what_is_there_and_no_more(show, tmp_path):
     for run in (Run("AVST-style", clips=4, training={"epochs": 1}), Run("MCD", clips=4, training={"epochs": 1}),
                 Run("MCD", 0, training={"epochs": 1}), Run("alignment", 7, 4, training={"epochs": 1})):
-        run_one(run, tmp_path / "data" / "music_avqa", tmp_path / "results", tmp_path / "work", False)
+        run_one(run, tmp_path / "data" / "music_avqa", tmp_path / "results", tmp_path / "work", show_progress=False)
     text = show()
     assert "2 of them done" in text and "Missing: late_fusion-clips4-seed0" in text
     for line in ("\n| MCD | 1 |", "\n| AVST-style | 1 |", "\n| question prior | ", "music_avqa, all questions: MCD above"):

@@ -8,6 +8,7 @@ code, a single `error:` line without a traceback, and every file of the folder a
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ASK = "How many instruments are sounding in the video?"
 VIDEO = "00000000"                       # a training clip of the toy set
 TRAIN = "train data --out new --epochs 1 --option embed_dim=16"
+AGAIN = TRAIN.replace("new", "model")    # where a training is already
 EVALUATE = "evaluate data --checkpoint model"
 ANSWER = "answer clip.mp4 ASK --checkpoint asked"
 PACK = "pack data/feats/small_visual --out new --encoder toy"
@@ -115,6 +117,15 @@ def film(picture: bool = True, sound: bool = True, form: str = "mp4", size: int 
                 silence.sample_rate, silence.pts = 16_000, 0
                 container.mux(audio.encode(silence))
                 container.mux(audio.encode())
+    return spoil
+
+
+def bookmark(notes) -> Callable:
+    """Other notes in the progress file of a training."""
+    text = notes if isinstance(notes, str) else json.dumps(notes)
+    def spoil(place):
+        path = place / "model" / "resume.safetensors"
+        save_file(load_file(path), path, {"progress": text})
     return spoil
 
 
@@ -262,8 +273,24 @@ CASES = {
     "no keywords": Case(ANSWER, 'no list of "keywords"', change(CONFIG, about={})),
     "a schema that is none": Case(ANSWER, "stored schema: ", change(CONFIG, about__schema=[1])),
     "for other features": Case("answer clip.mp4 ASK --checkpoint model", "visual features of width 37"),
-    "a progress file cut off": Case("train data --out model --epochs 1 --option embed_dim=16", "delete it to begin anew",
+    "a progress file cut off": Case(AGAIN, "delete it to begin anew",
                                     cut("model/resume.safetensors")),
+    "a progress file without settings": Case(AGAIN, "delete it to begin anew", bookmark({"settings": {}, "history": []})),
+    "a progress file of lists": Case(AGAIN, "delete it to begin anew", bookmark({"settings": [1], "history": []})),
+    "a history of numbers": Case(AGAIN, "delete it to begin anew", bookmark({"settings": {"training": {}}, "history": [1]})),
+    "a progress file without end": Case(AGAIN, "delete it to begin anew", bookmark("[" * 100_000)),
+
+    # results and assignments
+    "no results": Case("experiments table --data data --results none", "no result files *.json there"),
+    "results without end": Case("experiments table --data data --results results", "a.json: not a result file",
+                                put("results/a.json", "[" * 100_000)),
+    "results of another kind": Case("experiments table --data data --results results", "a.json: not a result file",
+                                    put("results/a.json", "[]")),
+    "a variant that is none": Case("experiments run nosuch --data data --results new", "nosuch"),
+    "variants, and all of them": Case("experiments run MCD --all --data data --results new", "name some variants, or give --all"),
+    "no such assignment": Case("assignments new nosuch new", "no assignment 'nosuch'"),
+    "an assignment over another": Case("assignments new fusion .", "is there already", put("fusion.ipynb", "{}")),
+    "an assignment that is none": Case("assignments check clip.mp4", "clip.mp4: "),
 
     # the command line
     "an unknown command": Case("ansver clip.mp4 ASK", "ansver", code=2),
@@ -338,14 +365,15 @@ def place(whole, tmp_path, monkeypatch):
 
 
 def state(place: Path) -> dict:
-    """All files with their size and the time of the last change."""
-    return {path.relative_to(place): (path.stat().st_size, path.stat().st_mtime_ns)
-            for path in place.rglob("*") if path.is_file()}
+    """All folders, and all files with their size and the time of the last change."""
+    return {path.relative_to(place): path.is_dir() or (path.stat().st_size, path.stat().st_mtime_ns)
+            for path in place.rglob("*")}
 
 
 REMEDIES = ("give", "choose", "use ", "copy", "extract", "delete", "mend", "pack ", "train ", "build", "rename",
             "ask ", "leave", "download", "write", "put ", "convert", "needs a value like", "name ", "check", "keep",
-            "compare", "it has ", "must be", "is it the right", "by another encoder?", "--help")
+            "compare", "it has ", "must be", "there are", "run a grid", "save it", "is it the right", "by another encoder?",
+            "--help")
 
 
 def typed(line: str) -> list[str]:
@@ -353,9 +381,11 @@ def typed(line: str) -> list[str]:
 
 
 def last_line(err: str) -> str:
-    """What a terminal shows in the end; a progress bar may stand above."""
+    """What a terminal shows in the end; nothing but warnings and a progress bar may stand above."""
     assert err.endswith("\n")
-    return err.replace("\r", "\n").splitlines()[-1]
+    *above, line = err.replace("\r", "\n").splitlines()
+    assert all(not text.strip() or re.search(r"^warning: |\d+%\||\d+it ", text) for text in above), err
+    return line
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

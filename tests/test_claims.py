@@ -18,8 +18,10 @@ from mcd_edu.claims import (
     Claim,
     Judged,
     by_seed,
+    by_size,
     claim_runs,
     claims_table,
+    counted,
     curve,
     forest,
     gain,
@@ -100,7 +102,8 @@ def test_verdicts_and_tables():
     assert len(lines) == 6 and "**holds**" in lines[2] and "| 3 |" in lines[2] and "| – | – | 0 | not measured yet" in lines[4]
     row = next(line for line in headline(judged).splitlines() if line.startswith(f"| {TOPICS['parts']}"))
     assert row.endswith("| 4 | 1 | 1 | 1 | 1 |")
-    assert len(forest(judged, "x").data) == 3 and forest(judge(claims, {}), "x") is None
+    assert counted(judged) == "Of 3 lines, 1 (1 after Holm's correction) hold and 1 (1 after Holm's correction) do not."
+    assert len(forest(judged, "x").data[0].x) == 3 and forest(judge(claims, {}), "x") is None
 
 
 def test_holm_by_hand():
@@ -135,6 +138,9 @@ def test_only_one_setting_stands_in_a_table():
     assert {name: len(group) for name, group in found.items()} == {"MCD": 3, "no LEF": 1}
     runs = [result.run for result in results[:2]]
     assert [r.run.seed for r in reference_table(results, runs)["MCD"]] == [0, 1] and reference_table([], runs) == {}
+    sizes = by_size(results, [result.run for result in results])
+    assert {size: {name: len(group) for name, group in sized.items()} for size, sized in sizes.items()} == {
+        (4, 0): {"MCD": 1}, (9, 0): {"MCD": 3, "no LEF": 1}} and list(sizes) == sorted(sizes)
     points = curve(results, [result.run for result in results], "MCD", "accuracy")
     assert [(clips, each, p.value, p.seeds) for clips, each, p in points] == [(4, 0, 60, 1), (9, 0, 50, 3)]
 

@@ -496,7 +496,7 @@ def test_a_search_sees_val_and_not_test(data, tmp_path, monkeypatch):
     for label, options in ("wide", {"ffn_mult": 3}), ("narrow", {"ffn_mult": 1}):
         for seed in 0, 1:
             run = Run("MCD", seed, label=label, options=options, training=BRIEF)
-            file = try_one(run, data, tmp_path / "search", tmp_path / "work", False)
+            file = try_one(run, data, tmp_path / "search", tmp_path / "work", show_progress=False)
     record = json.loads(file.read_text())
     assert record["model"]["ffn_mult"] == 1 and "predicted" not in record and "measured" not in record
     lines = search_table(tmp_path / "search").splitlines()
@@ -504,8 +504,13 @@ def test_a_search_sees_val_and_not_test(data, tmp_path, monkeypatch):
     values = [float(line.split(" | ")[2]) for line in lines[2:]]
     assert values == sorted(values, reverse=True)
     before = file.stat().st_mtime_ns
-    assert try_one(run, data, tmp_path / "search", tmp_path / "work", False) == file and file.stat().st_mtime_ns == before
+    assert try_one(run, data, tmp_path / "search", tmp_path / "work", show_progress=False) == file
+    assert file.stat().st_mtime_ns == before
+    for work in (try_one, run_one):
+        with pytest.raises(ValueError, match="device 'meta' cannot be used here"):
+            work(replace(run, seed=7), data, tmp_path / "nowhere", tmp_path / "work", "meta", show_progress=False)
+    assert not (tmp_path / "nowhere").exists()
     with pytest.raises(DataError, match="run a search first"):
         search_table(tmp_path)
     with pytest.raises(DataError, match="not a result file"):
-        run_one(run, data, tmp_path / "search", tmp_path / "work", False)
+        run_one(run, data, tmp_path / "search", tmp_path / "work", show_progress=False)

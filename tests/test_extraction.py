@@ -762,6 +762,14 @@ def test_a_checkpoint_of_another_family_is_refused(checkpoint, family, held, wor
     assert "\n" not in str(caught.value)
 
 
+def test_weights_in_a_pickle_are_not_read(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("vit"), tmp_path / "old")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(EncoderError, match="cannot load .*model.safetensors"):
+        load_encoder(f"vit:{folder}")
+
+
 @pytest.mark.parametrize("key", ["vit.encoder.layer.0", "vit.layernorm.bias"])
 def test_missing_weights_are_not_made_up(checkpoint, tmp_path, key):
     folder = shutil.copytree(checkpoint("vit"), tmp_path / "holes")

@@ -132,7 +132,7 @@ def test_wheel_and_sdist_are_small_and_whole(dist, wheel):
         f"{wheel.stat().st_size} bytes: `halve` of mcd_edu.hub stores a checkpoint in 16 bits")
 
 
-@pytest.mark.parametrize("extra", ["notebooks", "backbones", "devices", "docs", "dev"])
+@pytest.mark.parametrize("extra", ["notebooks", "colab", "backbones", "devices", "docs", "dev"])
 def test_extras_resolve(wheel, tmp_path, extra):
     report = tmp_path / "report.json"
     clean_run([sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", report,
@@ -191,21 +191,24 @@ def test_the_installed_command_makes_samples(installed):
 
 # On Colab --------------------------------------------------------------------------------------
 
-def test_colab_installs_the_package_and_leaves_torch_alone(dist, wheel, tmp_path):
-    python = make_environment(tmp_path / "env", requirements(wheel, "notebooks"))
+def test_colab_installs_the_package_and_leaves_its_own_alone(dist, wheel, tmp_path):
+    """What Colab brings is torch, a kernel and widgets; no JupyterLab and no kaleido."""
+    brought = [Requirement(name) for name in ("ipykernel", "ipywidgets", "papermill")]   # the last one runs the notebook here
+    python = make_environment(tmp_path / "env", [*requirements(wheel, "colab"), *brought])
+    assert not {need.name for need in requirements(wheel, "colab")} & {"ipython", "ipykernel", "ipywidgets", "jupyterlab"}
     (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
     (packages / "colab.pth").write_text(
         "import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab')\n")
     shutil.copy(ROOT / "nbs" / "03_layers.ipynb", tmp_path)
     assert not list(packages.glob("mcd_edu*"))
 
-    def torch_files():
-        return {path: os.lstat(path)[:9] for path in packages.glob("torch*/**/*")} | {
-            path: path.resolve() for path in packages.glob("torch*/**/*") if path.is_symlink()}
-    before = torch_files()
+    def own_files():
+        found = [path for name in ("torch", "IPython", "ipywidgets", "ipykernel") for path in packages.glob(f"{name}*/**/*")]
+        return {path: os.lstat(path)[:9] for path in found} | {path: path.resolve() for path in found if path.is_symlink()}
+    before = own_files()
     clean_run([python, "-c", RUN, "03_layers.ipynb"], tmp_path, dist, PLOTLY_RENDERER="plotly_mimetype")
     assert list(packages.glob("mcd_edu-*.dist-info")) and len(before) > 1000
-    after = torch_files()
+    after = own_files()
     assert {path for path in before if "__pycache__" not in path.parts and before[path] != after.get(path)
             and not path.is_dir()} == set()
 

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from mcd_edu.data import AVQADataset
 from mcd_edu.datasets import load_splits
 from mcd_edu.models import MODELS, build, config_for
+from mcd_edu.samples.choices import build_choice_set
 from mcd_edu.training import TrainingConfig, ask, make_toy_set, train
 
 SMALL = {"mcd": {"num_heads": 2, "shared_dim": 8}}     # options beside the width
@@ -29,23 +31,26 @@ class Asked(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def splits(tmp_path_factory):
+def toys(tmp_path_factory) -> dict[str, dict[str, AVQADataset]]:
+    """Questions with a common list of answers, and such with four choices each."""
     folder = tmp_path_factory.mktemp("toy")
-    make_toy_set(folder, 12, 2, 2, 5)
-    return load_splits(folder)
+    make_toy_set(folder / "music_avqa", 12, 2, 2, 5)
+    build_choice_set(folder / "avqa", folder / "music_avqa")
+    return {name: load_splits(folder / name, name) for name in ("music_avqa", "avqa")}
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def asked(request, splits):
+@pytest.fixture(scope="module", params=product(MODELS, ("music_avqa", "avqa")), ids="-".join)
+def asked(request, toys):
     """A small model whose every parameter takes part."""
     torch.manual_seed(1)
-    data = splits["train"]
-    model = build(config_for(request.param, data, embed_dim=16, **SMALL.get(request.param, {})))
+    kind, name = request.param
+    splits, data = toys[name], toys[name]["train"]
+    model = build(config_for(kind, data, embed_dim=16, **SMALL.get(kind, {})))
     model.fit_features(data.visual, data.audio, data.mask)
     for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=0.3)
     alone = {}
     for number in range(len(data)): alone |= answers(model.eval(), data, [np.array([number])])
-    return Asked(request.param, model, splits, alone)
+    return Asked(kind, model, splits, alone)
 
 
 @torch.inference_mode()
@@ -94,7 +99,8 @@ def test_an_answer_is_the_same_with_what_was_kept(asked, draw):
     before = [tensor.clone() for tensor in tensors(kept)]
     assert before
     for k in draw.draw(st.permutations(range(batch.tokens.shape[1]))):
-        one = model.answer(kept, batch.tokens[:, k:k + 1], batch.objects[:, k:k + 1], draw.draw(st.booleans())).logits
+        choices = None if batch.choices is None else batch.choices[:, k:k + 1]
+        one = model.answer(kept, batch.tokens[:, k:k + 1], batch.objects[:, k:k + 1], draw.draw(st.booleans()), choices).logits
         there = batch.question_mask[:, k].nonzero()[:, 0].tolist()
         numbers = batch.question_ids[:, k].tolist()
         same({numbers[b]: one[b, 0] for b in there}, {numbers[b]: asked.alone[numbers[b]] for b in there})

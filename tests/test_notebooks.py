@@ -39,7 +39,7 @@ COLAB_CELL = """\
 #| hide
 import sys
 if "google.colab" in sys.modules:  # install the package on Colab only; the torch that is there stays
-    %pip install -q "mcd_edu[notebooks]"\
+    %pip install -q "mcd_edu[colab]"\
 """
 FILES_CELL = COLAB_CELL.replace("import sys", "import os\nimport sys", 1) + """
     if not os.path.exists("{up}data_samples"):   # the files that stand beside the notebooks

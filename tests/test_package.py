@@ -105,7 +105,7 @@ def test_wheel_holds_the_package_and_what_it_needs(tmp_path):
         about = metadata.PathDistribution(zipfile.Path(archive, info + "/"))
         assert about.version == SETTINGS["version"]
         assert about.metadata["License"] == "Apache-2.0"
-        assert set(about.metadata.get_all("Provides-Extra")) == {"notebooks", "backbones", "devices", "docs", "dev"}
+        assert set(about.metadata.get_all("Provides-Extra")) == {"notebooks", "colab", "backbones", "devices", "docs", "dev"}
         assert any(name.endswith("LICENSE") for name in names)
         needs = [Requirement(text) for text in about.requires]
         scripts = {point.name: point.value for point in about.entry_points}

@@ -54,6 +54,9 @@ def main() -> None:
         words.write_text("".join('"' + "".join(f"\\x{b:02x}" for b in word) + '"\n'
                                  for word in TARGETS[options.target].words))
 
+        def note() -> None:
+            write_whole(record, lambda part: part.write_text(json.dumps(state, indent=1) + "\n"))
+
         def check(data: bytes) -> None:
             state["runs"] += 1
             try: run(options.target, data, work)
@@ -64,9 +67,10 @@ def main() -> None:
                 if key not in state["surprises"]:
                     state["surprises"][key] = [*place, lines[-1]]
                     (found / key).write_bytes(data)
+                    note()
             if (seconds := round(time.monotonic() - start)) >= state["seconds"] + 10:
                 state["seconds"] = seconds
-                write_whole(record, lambda part: part.write_text(json.dumps(state, indent=1) + "\n"))
+                note()
 
         atheris.Setup([sys.argv[0], str(corpus), f"-max_len={LONGEST}", f"-dict={words}", "-timeout=60",
                        "-rss_limit_mb=6000", f"-max_total_time={options.seconds}", "-verbosity=0", "-print_final_stats=1",

@@ -396,7 +396,7 @@ def read_scenes(
     if not path.is_file():
         raise DataError(f"{path}: no such file; build the sample set of MUSIC-AVQA first")
     try: scenes = [Scene.from_json(record) for record in json.loads(path.read_text("utf-8"))]
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise DataError(f"{path}: holds no scenes ({error}); build the sample set again") from error
     if not scenes: raise DataError(f"{path}: holds no scenes; build the sample set again")
     return scenes

@@ -340,7 +340,7 @@ def read_bank(
         sha256, rate, index = about["sha256"], about["sample_rate"], about["notes"]
         last = max(start + length for name in INSTRUMENTS for variant in range(NUM_VARIANTS)
                    for start, length in index[name][variant])
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not the index of a note bank ({error!r}): "
                          "fetch it again, or make it with build_note_bank") from error
     if rate != SAMPLE_RATE or sha256 != digest(samples) or last > len(samples):
