@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from signal import SIGINT, signal
@@ -114,10 +115,10 @@ def save_array(
     path:Path,
     array:np.ndarray,
 ) -> None:
-    "np.save, whole or not at all."
-    def write(draft):
-        with draft.open("wb") as file: np.save(file, array, allow_pickle=False)
-    write_whole(path, write)
+    "np.save, whole or not at all. (Into a file it does not notice that a disk is full, so not into a file.)"
+    content = BytesIO()
+    np.save(content, array, allow_pickle=False)
+    write_whole(path, lambda draft: draft.write_bytes(content.getbuffer()))
 
 def claim_folder(
     folder:Path,             # of a sample set
