@@ -97,6 +97,8 @@ def problems_of(path: Path, root: Path) -> list[str]:
         problems.append(f"{len(notebook.cells)} cells are more than {MAX_CELLS}")
     if (kernel := notebook.metadata.get("kernelspec", {}).get("name")) != "python3":
         problems.append(f"its kernel is {kernel}, not python3")
+    if "widgets" in notebook.metadata:
+        problems.append("it keeps the states of widgets, such as progress bars")
     for number, cell in enumerate(notebook.cells):
         outputs = cell.get("outputs", [])
         if any(part.get("execution_count") for part in [cell, *outputs]):
@@ -209,6 +211,14 @@ def test_a_spoilt_notebook_is_found(tmp_path, spoil, problem):
     spoil(cells)
     problems = problems_of(write(tmp_path / name, *cells), tmp_path)
     assert len(problems) == 1 and problem in problems[0], problems
+
+
+def test_states_of_widgets_are_found(tmp_path):
+    path = write(tmp_path / "nbs/05_x.ipynb", *tidy_cells("nbs/05_x.ipynb"))
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+    nbformat.write(notebook, path)
+    assert problems_of(path, tmp_path) == ["it keeps the states of widgets, such as progress bars"]
 
 
 @pytest.mark.parametrize("text", [
