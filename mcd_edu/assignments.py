@@ -7,9 +7,9 @@ __all__ = ['COURSE', 'REPOSITORY', 'MARK', 'SOLUTION', 'DEFINITIONS', 'MEMORY', 
            'read_cells', 'student_cell', 'notebook_of', 'Task', 'Assignment', 'checks_of', 'build_course',
            'assignment_names', 'load_assignment', 'new_assignment', 'Submission', 'read_submission', 'define', 'Result',
            'say', 'failed_line', 'execute', 'seed_all', 'run_task', 'run_tasks', 'result_line', 'check_here', 'work',
-           'limit_memory', 'messages', 'stop', 'check_submission', 'safe_cell', 'grade_row', 'submissions_in',
-           'first_line', 'grade', 'write_table', 'ToyBatch', 'toy_mcd', 'toy_batch', 'toy_answer', 'treasure_hunt',
-           'hunter', 'hunt']
+           'limit_memory', 'messages', 'stop', 'check_seconds', 'check_submission', 'safe_cell', 'grade_row',
+           'submissions_in', 'first_line', 'grade', 'write_table', 'ToyBatch', 'toy_mcd', 'toy_batch', 'toy_answer',
+           'treasure_hunt', 'hunter', 'hunt']
 
 # %% ../nbs/16_assignments.ipynb #f843daf9
 import ast
@@ -35,6 +35,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from .features import read_json
 from .media import write_whole
 from .model import MCD, MCDConfig, answer_loss
 
@@ -74,9 +75,9 @@ def read_cells(
     if path.stat().st_size > largest:
         raise ValueError(f"{path}: larger than {largest:,} bytes; clear its outputs")
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        cells = read_json(path, largest)["cells"]
         return [Cell(str(cell["cell_type"]), "".join(cell["source"])) for cell in cells]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a notebook; save it once more in Jupyter and hand that "
                          "file in") from error
 
@@ -183,7 +184,7 @@ def load_assignment(
     "The checks of an assignment. ValueError: there is none of that name."
     if name not in assignment_names(course):
         raise ValueError(f"no assignment {name!r}; there are {', '.join(assignment_names(course))}")
-    stored = json.loads((course / f"{name}.json").read_text(encoding="utf-8"))
+    stored = read_json(course / f"{name}.json")
     return Assignment(**{**stored, "tasks": tuple(Task(**task) for task in stored["tasks"])})
 
 
@@ -385,7 +386,7 @@ def messages(
     "What a process reports; the last is None where it took too long, else it came to its end."
     while connection.poll(seconds):
         try: found = json.loads(connection.recv_bytes(100_000))
-        except (EOFError, OSError, ValueError): return
+        except (EOFError, OSError, ValueError, RecursionError): return
         if (isinstance(found, list) and list(map(type, found)) == [str, bool, str]):
             yield Result(*found)
     yield None
@@ -400,12 +401,21 @@ def stop(
     process.join()
 
 
+def check_seconds(
+    seconds:float,
+    longest:int=86_400, # a day; a wait without end overflows
+) -> None:
+    "ValueError for a time that is none, or endless."
+    if not 0 < seconds <= longest: raise ValueError(f"seconds={seconds}; give a time above 0, at most {longest}")
+
+
 def check_submission(
     submission:Submission,
     seconds:float=120,  # for each task
     course:Path=COURSE,
 ) -> list[Result]:     # one for each task, in order
-    "Run a student's code apart from everything else. ValueError: of no known assignment."
+    "Run a student's code apart from everything else. ValueError: of no known assignment, or no time for it."
+    check_seconds(seconds)
     from mcd_edu.assignments import work as exported_work  # a new process has to find it
     assignment = load_assignment(submission.assignment, course)
     written = [name for name, _ in submission.cells]
@@ -419,12 +429,14 @@ def check_submission(
             process = context.Process(target=exported_work, args=(there, folder, job))
             process.start()
             there.close()
-            late = not here.poll(120)                    # it imports torch first
-            for result in () if late else messages(here, seconds):
-                if result is None: late = True
-                elif result.task in left: results.setdefault(result.task, result)
-            stop(process)
-            here.close()
+            try:
+                late = not here.poll(120)                # it imports torch first
+                for result in () if late else messages(here, seconds):
+                    if result is None: late = True
+                    elif result.task in left: results.setdefault(result.task, result)
+            finally:
+                stop(process)
+                here.close()
         left = [name for name in left if name not in results]
         if left:
             note = f"stopped after {seconds:g} s" if late else "its process ended early"
@@ -491,7 +503,8 @@ def grade(
     seconds:float=120,  # for each task
     course:Path=COURSE,
 ) -> Iterator[dict]:   # the rows, as they come; the file is there after the last
-    "Grade each notebook in a folder. ValueError: no notebooks there, or `out` is no .csv file, or another one."
+    "Grade each notebook in a folder. ValueError: no notebooks or no time, or `out` is no .csv file, or another one."
+    check_seconds(seconds)
     if out.suffix.lower() != ".csv":
         raise ValueError(f"{out}: give the table of grades a name like grades.csv")
     if out.is_file() and first_line(out) not in ("", ",".join(COLUMNS)):

@@ -35,8 +35,10 @@ def pointing_above_chance(
     look:str,                # one of `LOOKS`
     kind:str="all",          # or a question type
 ) -> float:
-    "Attention on the decisive seconds, less the highest of its three chances, points. KeyError: not there."
-    found = Pointing(*result.record["measured"]["pointing"][look][kind])
+    "Attention on the decisive seconds, less the highest of its three chances, points. KeyError: not there, or in part."
+    row = result.record["measured"]["pointing"][look][kind]
+    if len(row) != len(Pointing._fields): raise KeyError(look)       # early files know fewer chances
+    found = Pointing(*row)
     return 100 * (found.mass - max(found.even, found.elsewhere, found.mates))
 
 def mean_diversity(

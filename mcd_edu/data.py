@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .features import PLAIN_NAME, DataError, stack_features
+from .features import PLAIN_NAME, DataError, read_json, stack_features
 
 # %% auto #0
 __all__ = ['ANSWERS', 'QUESTION_TYPES', 'MUSIC_AVQA', 'PLACEHOLDER', 'Question', 'Schema', 'fill_placeholders', 'unpack',
@@ -131,8 +131,8 @@ def read_annotations(
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file; check the data folder")
-    try: records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+    try: records = read_json(path)
+    except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of records; is it the right file?")
@@ -266,6 +266,9 @@ class AVQADataset:
     ):
         self.questions, self.vocabulary, self.schema = list(questions), vocabulary, schema
         if not self.questions: raise DataError("there are no questions; check the annotation file")
+        if unknown := {q.question_type for q in self.questions} - set(schema.question_types):
+            raise DataError(f"question type {min(unknown)} is none of {schema.name}; give a model of this dataset, "
+                            "or questions of that one")
         self.videos = sorted({q.video_id for q in self.questions})
         self.visual, self.mask = stack_features(visual_folder, self.videos, frames)
         self.audio, audio_mask = stack_features(audio_folder, self.videos)

@@ -5,7 +5,6 @@
 # %% ../nbs/00b_datasets.ipynb #0cb6f277
 from __future__ import annotations
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from mcd_edu.data import (
     unpack,
 )
 
-from .features import PLAIN_NAME, open_features, with_features
+from .features import PLAIN_NAME, open_features, read_json, with_features
 
 # %% auto #0
 __all__ = ['MAPPING', 'NO_ID', 'RELATIONS', 'KINDS', 'AVQA_TYPES', 'FIRST_WORDS', 'FIRST_WORD_TYPES', 'QA_FILES', 'QA_FOLDERS',
@@ -290,8 +289,8 @@ def first_record(
     path:Path,               # an annotation file
 ) -> dict:                   # empty where there is none
     "DataError: the file is not a list in JSON."
-    try: records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, OSError) as error:
+    try: records = read_json(path)
+    except (ValueError, OSError) as error:
         raise DataError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of records; is it the right file?")

@@ -5,9 +5,11 @@
 # %% ../nbs/09c_devices.ipynb #153c05c1
 from __future__ import annotations
 import os
+import re
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,17 @@ from .data import AVQADataset, VideoBatch
 from .layers import KeysValues
 
 # %% auto #0
-__all__ = ['find_device', 'shares', 'Gather', 'each', 'Team', 'has_room', 'send', 'take_rows', 'Share', 'Feed']
+__all__ = ['in_short', 'find_device', 'shares', 'Gather', 'each', 'Team', 'has_room', 'send', 'take_rows', 'Share', 'Feed']
 
 # %% ../nbs/09c_devices.ipynb #02d7c5c1
+def in_short(
+    error:Exception,         # of a library
+    longest:int=150,         # characters
+) -> str:
+    "The first sentence of an error."
+    first = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".:")
+    return shorten(first or type(error).__name__, longest, placeholder=" ...")
+
 def find_device(
     name:str="auto",         # such as cpu, cuda or cuda:1; auto: the GPU if there is one
 ) -> torch.device:
@@ -29,9 +39,8 @@ def find_device(
     try:
         torch.zeros(1, device=name).item()       # one that can compute
         return torch.device(name)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}); "
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
+        raise ValueError(f"device {name!r} cannot be used here ({in_short(error)}); "
                          "choose cpu, or auto for the GPU if there is one") from error
 
 # %% ../nbs/09c_devices.ipynb #da402ce0

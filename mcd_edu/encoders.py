@@ -12,12 +12,11 @@ import torch
 from einops import rearrange, reduce
 from einops.layers.torch import Rearrange
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layers import FeedForward, MultiHeadAttention
-from .media import FRAME_SIZE, FRAMES_PER_SEGMENT, SAMPLE_RATE, Segments, write_tensors
+from .media import FRAME_SIZE, FRAMES_PER_SEGMENT, SAMPLE_RATE, Segments, read_tensors, write_tensors
 
 # %% auto #0
 __all__ = ['mel_filters', 'LogMel', 'convolution', 'AudioEncoder', 'VisualEncoder', 'Encoders', 'save_encoders', 'load_encoders',
@@ -155,7 +154,7 @@ def load_encoders(
         path = Path(folder) / f"{name}.safetensors"
         if not path.is_file():
             raise ValueError(f"{path}: no encoder there; train it with nbs/train/encoders.ipynb")
-        try: encoder.load_state_dict(load_file(path))
+        try: encoder.load_state_dict(read_tensors(path, encoder.state_dict()))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path}: not the weights of this {name} encoder; "
                              "copy or train it again") from error

@@ -39,6 +39,7 @@ from .data import MUSIC_AVQA, AVQADataset, DataError, Question, Schema
 from .datasets import DATASETS, find_streams, load_questions, load_splits, schema_to_json, video_names
 from .devices import find_device
 from .evaluation import Predictions, predict, to_predictions
+from .features import read_json
 from .media import start_worker, write_whole
 from .models import build, config_for
 from .other_encoders import OTHER_ENCODERS, draw_features
@@ -49,10 +50,10 @@ from .training import TrainingConfig, ask, ask_teacher, load_checkpoint, save_ch
 from .variants import ENCODERS, Run, find_variant
 
 # %% auto #0
-__all__ = ['TRAIN_SAMPLE', 'DISTURBANCES', 'question_digest', 'read_record', 'is_done', 'folder_of', 'make_features', 'by_lot',
-           'hold_back', 'encoders_of', 'read_splits', 'config_of', 'teacher_of', 'train_run', 'answers_per_second',
-           'AskedSet', 'pack', 'unpack', 'read_truth', 'measure_part', 'measure', 'run_one', 'missing_runs', 'teach',
-           'run_grid', 'try_one']
+__all__ = ['NUMBER', 'LARGEST', 'PART', 'RECORD', 'TRAIN_SAMPLE', 'DISTURBANCES', 'question_digest', 'check_shape', 'read_record',
+           'is_done', 'folder_of', 'make_features', 'by_lot', 'hold_back', 'encoders_of', 'read_splits', 'config_of',
+           'teacher_of', 'train_run', 'answers_per_second', 'AskedSet', 'pack', 'unpack', 'read_truth', 'measure_part',
+           'measure', 'run_one', 'missing_runs', 'teach', 'run_grid', 'try_one']
 
 # %% ../nbs/14_experiments.ipynb #ebc1fb0d
 def question_digest(
@@ -62,18 +63,40 @@ def question_digest(
     rows = sorted(f"{q.question_id} {q.video_id} {q.question_type} {q.answer}" for q in questions)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
+NUMBER, LARGEST = (int, float), 1e15
+PART = {"reliability": [[NUMBER]], "right": (str,), "confidence": (str,), "": NUMBER}    # the words are of early files
+RECORD = {                   # key → kinds of a value, [what each entry is], or keys in turn; "": any other key
+    "training": {"": (*NUMBER, str)}, "history": [{"": NUMBER}], "predicted": {"": (str, list)},
+    "measured": {"parts": {"": PART}, "disturbed": {"": NUMBER}, "diversity": {"": NUMBER}, "pointing": {"": {"": [NUMBER]}}},
+    **dict.fromkeys(("seconds", "cpu_seconds", "timed_epochs", "answers_per_second", "parameters", "train_questions"), NUMBER)}
+
+def check_shape(
+    value,                   # what a file in JSON holds
+    shape=RECORD,            # keys may be missing, and those it does not know may hold anything
+    place:str="the file",    # for the message
+) -> None:
+    "ValueError where another kind of value stands, or a number beyond all measure."
+    kinds = (type(shape),) if isinstance(shape, dict | list) else shape
+    if type(value) not in kinds: raise ValueError(f"{place} is of kind {type(value).__name__}")
+    if type(value) in NUMBER and abs(value) > LARGEST: raise ValueError(f"{place} is out of range")
+    if isinstance(shape, list): value, shape = dict(enumerate(value)), {"": shape[0]}
+    for key, entry in value.items() if isinstance(shape, dict) else ():
+        if wanted := shape.get(key, shape.get("")): check_shape(entry, wanted, f"{key!r:.40} of {place}")
+
 def read_record(
     file:Path,               # a result file
     tested:bool=True,        # of `run_one`; False: of `try_one`
 ) -> dict:
-    "What was written there. DataError: not such a file."
-    wanted = [("training", "seed")] + [("predicted", "test"), ("predicted", "shuffled")] * tested
+    "What was written there, as `RECORD` says. DataError: not such a file."
+    wanted = [("training", "seed"), ("training", "epochs")] + [("predicted", "test"), ("predicted", "shuffled")] * tested
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
+        check_shape(record)
         Run(**record["run"])
         for part, key in wanted:
             _ = record[part][key]
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        if not tested: _ = record["cpu_seconds"], max(epoch["val"] for epoch in record["history"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{file}: not a result file ({error}); delete it and run again") from error
     return record
 
@@ -249,11 +272,13 @@ class AskedSet:
         annotations = run.annotations if run.dataset == "music_avqa" else None
         parts = load_questions(folder, run.dataset, annotations, wanted=("train", "test"))
         test = parts["test"]
-        said = [q.choices[0] if q.choices else schema.answers[0] for q in test]    # replaced later
-        try: right = to_predictions(said, test, schema)
+        try:
+            said = [q.choices[0] if q.choices else schema.answers[0] for q in test]    # replaced later
+            right, digest = to_predictions(said, test, schema), question_digest(test)
         except (ValueError, IndexError) as error:
-            raise DataError(f"{folder}: does not fit the answers of {schema.name} ({error})") from error
-        return cls(right, question_digest(test), len({q.video_id for q in parts["train"]}))
+            raise DataError(f"{folder}: does not fit the answers of {schema.name} ({error}); "
+                            "give the data it was run on") from error
+        return cls(right, digest, len({q.video_id for q in parts["train"]}))
 
 # %% ../nbs/14_experiments.ipynb #428a85ee
 def pack(
@@ -269,7 +294,10 @@ def unpack(
     longest:int=10_000_000,  # bytes
 ) -> np.ndarray:             # whole numbers
     "The reverse. ValueError: it is neither."
-    if isinstance(column, list): return np.array(column, int)
+    if isinstance(column, list):
+        if not all(type(x) is int and 0 <= x < 2**32 for x in column):
+            raise ValueError("a column holds something other than whole numbers from 0, below 2³²")
+        return np.array(column, int)
     kind, _, text = str(column).partition(":")
     if kind not in ("u1", "u2", "u4"): raise ValueError(f"{str(column)[:20]!r} is no packed column")
     try: content = zlib.decompressobj().decompress(b64decode(text, validate=True), longest)
@@ -285,8 +313,8 @@ def read_truth(
     "The truth about the test clips. DataError: broken."
     file = Path(folder) / "truth" / "test.json"
     if not file.is_file(): return {}
-    try: return {scene.video_id: scene for scene in map(Scene.from_json, json.loads(file.read_text(encoding="utf-8")))}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    try: return {scene.video_id: scene for scene in map(Scene.from_json, read_json(file))}
+    except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{file}: not the scenes of clips ({error}); make the samples again") from error
 
 def measure_part(

@@ -28,16 +28,17 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .devices import in_short
 from .encoders import VisualEncoder, load_encoders
-from .features import DataError, open_array
+from .features import holds_features, read_json
 from .media import SAMPLE_RATE, MediaError, missing, open_media, read_segments, save_array, writing
 
 # %% auto #0
 __all__ = ['SHIPPED', 'NO_POOLER', 'FAMILIES', 'PROCESSORS', 'ENCODERS', 'SUFFIXES', 'EncoderError', 'Encoder', 'load_small',
            'Family', 'resample', 'prepare_pictures', 'prepare_sound', 'prepare_texts', 'import_transformers', 'quiet',
            'fetch', 'load_pretrained', 'parse_name', 'load_encoder', 'encode_questions', 'find_videos', 'check_name',
-           'place_once', 'claim_folder', 'ahead', 'prepare_video', 'encode_videos', 'is_whole', 'save_features',
-           'Report', 'Extraction', 'extract']
+           'place_once', 'claim_folder', 'ahead', 'prepare_video', 'encode_videos', 'save_features', 'Report',
+           'Extraction', 'extract']
 
 # %% ../nbs/15_extraction.ipynb #4cde4f0e
 class EncoderError(ValueError):
@@ -254,8 +255,7 @@ def load_pretrained(
     import_transformers(name)
     try: model, processor = fetch(family, source)
     except Exception as error:   # the library has a dozen kinds of errors, most of many lines
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise EncoderError(f"{name}: cannot load {source} ({reason}); give the name of a checkpoint"
+        raise EncoderError(f"{name}: cannot load {source} ({in_short(error)}); give the name of a checkpoint"
                            " on the hub, or a folder that save_pretrained has written") from error
     if family.kind == "text":
         room = model.config.max_position_embeddings
@@ -308,8 +308,8 @@ def load_encoder(
     try:
         encoder.model.to(device)
         assert encoder.dim > 0 and encoder.digest    # model and processor fit each other
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        raise EncoderError(f"{spec!r}: does not run on {device} ({str(error).splitlines()[0]}); "
+    except (RuntimeError, AssertionError, ValueError, TypeError, ImportError) as error:
+        raise EncoderError(f"{spec!r}: does not run on {device} ({in_short(error)}); "
                            "choose another device, or check the checkpoint") from error
     return encoder
 
@@ -394,8 +394,8 @@ def claim_folder(
     if used and not path.exists():
         raise EncoderError(f"{folder}: holds features of unknown origin; {remedy}")
     place_once(path, json.dumps(note, indent=1) + "\n")
-    try: before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
+    try: before = dict(read_json(path))
+    except (ValueError, TypeError) as error:
         raise EncoderError(f"{path}: cannot be read ({error}); {remedy}") from error
     for key, value in note.items():
         if before.get(key) != value:
@@ -447,13 +447,6 @@ def encode_videos(
     sizes = [len(next(iter(tensors.values()))) for tensors in prepared]
     joined = {key: torch.cat([tensors[key] for tensors in prepared]) for key in prepared[0]}
     return list(encoder.encode(joined).float().cpu().split(sizes))
-
-def is_whole(
-    path:Path,                               # where features should be
-) -> bool:
-    "Are they there, and not damaged? What is not is made again."
-    try: return open_array(path).ndim == 2
-    except DataError: return False
 
 def save_features(
     path:Path,
@@ -512,7 +505,7 @@ class Extraction:
         files = [self.files(path) for path, _ in ready]
         bad = set()
         for i, encoder in enumerate(self.encoders):
-            lacking = [n for n in range(len(ready)) if not is_whole(files[n][i])]
+            lacking = [n for n in range(len(ready)) if not holds_features(files[n][i])]
             features = encode_videos(encoder, [ready[n][1][i] for n in lacking]) if lacking else []
             for n, feature in zip(lacking, features):
                 try: save_features(files[n][i], feature)
@@ -546,7 +539,7 @@ def extract(
     if not encoders or [encoder.kind for encoder in encoders] != list(wanted):
         raise EncoderError("give a visual encoder, an audio encoder, or one of each")
     run = Extraction(out, encoders, segments)
-    new = [path for path in mine if not all(is_whole(file) for file in run.files(path))]
+    new = [path for path in mine if not all(holds_features(file) for file in run.files(path))]
     skipped = tuple(path.stem for path in mine if path not in set(new))
     work = partial(prepare_video, encoders=encoders, segments=segments, allow_missing=allow_missing)
     with tqdm(total=len(mine), initial=len(skipped), unit="video", disable=not progress) as bar:

@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -22,10 +23,11 @@ from tqdm.auto import tqdm
 
 # %% auto #0
 __all__ = ['PLAIN_NAME', 'NOTE', 'DTYPES', 'FORMAT', 'VERSION', 'INDEX', 'STORE_FILES', 'KEYS', 'DataError', 'open_array',
-           'with_segments', 'to_float32', 'over_frames', 'read_feature', 'Features', 'check_name', 'read_json',
-           'read_note', 'FeatureFolder', 'read_rows', 'PackedArray', 'missing', 'to_bytes', 'data_file',
-           'prepare_folder', 'clean_folder', 'write_index', 'write_data', 'pack_features', 'pack_array', 'is_whole',
-           'read_index', 'FeatureStore', 'hash_file', 'digest', 'open_features', 'stack_features', 'with_features']
+           'with_segments', 'holds_features', 'to_float32', 'over_frames', 'read_feature', 'Features', 'check_name',
+           'read_json', 'read_beside', 'read_note', 'FeatureFolder', 'read_rows', 'PackedArray', 'missing', 'to_bytes',
+           'data_file', 'prepare_folder', 'clean_folder', 'write_index', 'write_data', 'pack_features', 'pack_array',
+           'is_whole', 'read_index', 'FeatureStore', 'hash_file', 'digest', 'open_features', 'stack_features',
+           'with_features']
 
 # %% ../nbs/00_features.ipynb #606481be
 class DataError(ValueError):
@@ -53,6 +55,14 @@ def with_segments(
         raise DataError(f"{place}: holds {array.dtype} of shape {array.shape}, expected floats of "
                         "(segments, width) or (segments, frames, width); extract it again")
     return array[None] if array.ndim == 1 else array
+
+def holds_features(
+    path:str|Path,           # an .npy file, or where one should be
+) -> bool:
+    "Are features there, and whole? Those that are not are made again."
+    try: with_segments(open_array(path), path)
+    except DataError: return False
+    return True
 
 def to_float32(
     array:np.ndarray,        # floats of any precision
@@ -165,10 +175,21 @@ def check_name(
                         "it to letters, digits, - and _")
     return video
 
-def read_json(path:Path, remedy:str):
-    "What a JSON file holds. DataError where it cannot be read."
+def read_json(
+    path:str|Path,
+    largest:int=2**30,       # bytes
+):
+    "What a JSON file holds. ValueError: not JSON, nested too deep, too large, a pipe or a device; OSError: not there."
+    path = Path(path)
+    if path.exists() and not path.is_file(): raise ValueError("not a file")      # a pipe would be waited for
+    if path.stat().st_size > largest: raise ValueError(f"more than {largest:,} bytes")
     try: return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+    except RecursionError as error: raise ValueError("nested too deep") from error
+
+def read_beside(path:Path, remedy:str):
+    "What a JSON file beside features holds. DataError where it cannot be read."
+    try: return read_json(path)
+    except (OSError, ValueError) as error:
         wrong = "is missing" if isinstance(error, FileNotFoundError) else f"is no JSON ({error})"
         raise DataError(f"{path}: {wrong}; {remedy}") from error
 
@@ -181,7 +202,7 @@ def read_note(
     "Who made the features of a folder. DataError: a note that does not say."
     if not path.is_file(): return None
     remedy = "mend it or delete it"
-    note = read_json(path, remedy)
+    note = read_beside(path, remedy)
     if not isinstance(note, dict) or not isinstance(note.get("name"), str):
         raise DataError(f"{path}: has no name of an encoder; {remedy}")
     return note["name"]
@@ -222,7 +243,7 @@ def read_rows(
     count:int,               # rows that there are
 ) -> dict[str, int]:         # the row of each video
     "Read which row of a packed array is whose. DataError where ids and rows do not fit."
-    ids = read_json(path, "put the ids beside the array, as a list in the order of its rows")
+    ids = read_beside(path, "put the ids beside the array, as a list in the order of its rows")
     if not isinstance(ids, list|dict):
         raise DataError(f"{path}: expected a list of ids; is it the right file?")
     pairs = ids.items() if isinstance(ids, dict) else [
@@ -313,7 +334,8 @@ def clean_folder(
     "Drop drafts, data that no index has come to name, and the folder if nothing is left in it."
     loose = [] if (folder / INDEX).is_file() else folder.glob("data-*.bin")
     for file in (*folder.glob(".*.part"), *loose): file.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+    if folder.is_symlink(): return
+    with suppress(OSError): folder.rmdir()       # not empty, or the folder one is in
 
 def write_index(
     folder:Path,             # of the store
@@ -426,7 +448,7 @@ def read_index(
 ) -> dict:
     "Read and check the index of a store. DataError: not one that this program can read."
     remedy = "pack the features again"
-    index = read_json(path, remedy)
+    index = read_beside(path, remedy)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise DataError(f"{path}: is no index of a feature store; is it the right folder?")
     if index.get("version") != VERSION:

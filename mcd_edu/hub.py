@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .data import Vocabulary
-from .media import write_tensors, write_whole
+from .features import read_json
+from .media import read_tensors, write_tensors, write_whole
 
 # %% auto #0
 __all__ = ['FILES', 'RESULTS', 'CARD', 'CheckpointError', 'weights_of', 'write_checkpoint', 'halve', 'fingerprint', 'read_config',
@@ -49,7 +51,7 @@ def write_checkpoint(
     folder = Path(folder)
     config = {"kind": kind, "model": asdict(model.config), "words": vocabulary.words[2:],
               "about": about}
-    text = json.dumps(config, indent=1, ensure_ascii=False)
+    text = json.dumps(config, indent=1)      # ASCII: the name of a folder may hold what UTF-8 cannot
     write_tensors(folder / "model.safetensors", weights_of(model))
     write_whole(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -85,7 +87,7 @@ def read_config(
 ) -> tuple[nn.Module, Vocabulary, dict]:
     "A model without numbers, the vocabulary and what is known. CheckpointError: not such a file."
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         kind = config["kind"] if "kind" in config else "mcd"
         if kind not in models:
             raise CheckpointError(f"{path}: of a model {kind!r}; here it has to be "
@@ -118,10 +120,7 @@ def read_checkpoint(
     model, vocabulary, about = read_config(folder / "config.json", models)
     try:
         tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
-                   for name, tensor in load_file(folder / "model.safetensors").items()}
-        real = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
-        if any(real.get(name) != tensor.is_floating_point() for name, tensor in tensors.items()):
-            raise RuntimeError("other names, or numbers of another kind")
+                   for name, tensor in read_tensors(folder / "model.safetensors", model.state_dict()).items()}
         model.load_state_dict(tensors, assign=True)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}/model.safetensors: unreadable ({error}); "
@@ -155,12 +154,12 @@ def provenance(
     model:nn.Module,         # one of `Pretrained`
 ) -> str:
     "Where a model comes from, as a table."
-    about, training = dict(model.about), dict(model.about.get("training") or {})
+    about, training = model.about, model.about.get("training")
     facts = {"model": model.kind, "numbers": f"{sum(x.numel() for x in model.state_dict().values()):,}",
              "sha256 of model.safetensors": hashlib.sha256(save(weights_of(model))).hexdigest(),
              "words": len(model.vocabulary) - 2,
              **{name: about[name] for name in ("data", "encoders", "epoch") if name in about},
-             **{f"training: {name}": value for name, value in training.items()}}
+             **{f"training: {name}": value for name, value in (training.items() if isinstance(training, dict) else ())}}
     return markdown_rows([("what", "value"), *facts.items()])
 
 def results_table(
@@ -168,7 +167,7 @@ def results_table(
 ) -> str:
     "Scores as the training left them: the test set's if there are any, and that of val."
     lines = []
-    if isinstance(val := model.about.get("val"), (int, float)):
+    if isinstance(val := model.about.get("val"), float):
         lines.append(f"Right on val, of all questions: {100 * val:.1f} %.")
     try:
         tables = dict(model.results["test"])
@@ -177,7 +176,7 @@ def results_table(
             rows.append((name, *("{value:.1f} ({low:.1f} to {high:.1f})".format(**table[name])
                                  for table in tables.values())))
         lines.append(markdown_rows(rows))
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration): pass   # none, or odd
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, StopIteration): pass   # none, or odd
     return "\n\n".join(lines) or "None are known."
 
 # %% ../nbs/08b_hub.ipynb #e67d68f6
@@ -224,11 +223,12 @@ def fetch(
     **options,               # of `snapshot_download`: revision, token, cache_dir …
 ) -> Path:                   # folder
     "The folder of a checkpoint. CheckpointError: neither a folder nor a model that can be fetched."
-    if Path(where).is_dir(): return Path(where)
-    try: return Path(snapshot_download(str(where), allow_patterns=[*FILES, RESULTS], **options))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{where}: no folder here, and not to be had from the Hub ({reason}); "
+    try:
+        if Path(where).is_dir(): return Path(where)
+        return Path(snapshot_download(str(where), allow_patterns=[*FILES, RESULTS], **options))
+    except (OSError, ValueError, TypeError) as error:
+        reason = shorten(str(error), 300, placeholder=" ...")
+        raise CheckpointError(f"{str(where)[:200]}: no folder here, and not to be had from the Hub ({reason}); "
                               "give the folder of a checkpoint or a name like someone/model") from error
 
 # %% ../nbs/08b_hub.ipynb #951316cd
@@ -253,8 +253,8 @@ class Pretrained(PyTorchModelHubMixin, library_name="mcd_edu", license="apache-2
         "A trained model in evaluation mode. CheckpointError says what is missing or does not fit."
         folder = fetch(where, **options)
         model, model.vocabulary, model.about = read_checkpoint(folder, {cls.kind: (cls.make_config, cls)})
-        try: model.results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError): pass       # no test was run, or it left nothing readable
+        try: model.results = read_json(folder / RESULTS)
+        except (OSError, ValueError): pass       # no test was run, or it left nothing readable
         return model
 
     def _save_pretrained(self, save_directory:Path) -> None:

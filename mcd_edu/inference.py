@@ -21,7 +21,7 @@ from .data import MUSIC_AVQA, Schema, Vocabulary, tokenize, trim
 from .encoders import Encoders, encode_segments, load_encoders
 from .media import Segments, read_segments
 from .model import MCD, Answer, VideoState, check_logits
-from .training import CheckpointError, load_checkpoint, schema_of
+from .training import CheckpointError, check_pairs, load_checkpoint, schema_of
 
 WEIGHTS = Path(getfile(MCD)).parent / "weights"   # shipped beside the code
 MAX_OBJECTS = 8                                   # keywords kept of a question
@@ -102,17 +102,10 @@ def check_fit(
     encoders:Encoders,
 ) -> Schema:                 # what its answers mean
     "CheckpointError where a model does not fit its encoders, words, answers, or has no keywords."
-    config, schema = model.config, schema_of(where, about)
-    pairs = {"visual features of width": (config.visual_dim, encoders.visual.dim),
-             "audio features of width": (config.audio_dim, encoders.audio.dim),
-             "a vocabulary of size": (config.vocab_size, len(vocabulary)),
-             "a number of choices of": (config.num_choices, schema.num_choices)}
-    if not schema.num_choices:
-        pairs["a list of answers of length"] = config.num_answers, len(schema.answers)
-    for what, (expected, found) in pairs.items():
-        if expected != found:
-            raise CheckpointError(f"{where}: the model expects {what} {expected}, here it is "
-                                  f"{found}; use the encoders and files of its own training")
+    config, schema = model.config, schema_of(where, about, model.config)
+    check_pairs(where, {"visual features of width": (config.visual_dim, encoders.visual.dim),
+                        "audio features of width": (config.audio_dim, encoders.audio.dim),
+                        "a vocabulary of size": (config.vocab_size, len(vocabulary))})
     keywords = about.get("keywords") if isinstance(about, dict) else None
     if not isinstance(keywords, list) or not all(isinstance(word, str) for word in keywords):
         raise CheckpointError(f"{where}/config.json: no list of \"keywords\" under \"about\"; "

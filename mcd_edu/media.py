@@ -10,13 +10,14 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from signal import SIGINT, signal
+from stat import S_ISREG
 from threading import Thread
 
 import av
@@ -24,11 +25,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'MOST_SOUND', 'LOUDEST', 'CUT_SECONDS', 'FORMATS',
-           'STAND_IN', 'MOST_BOXES', 'MediaError', 'Segments', 'segment_starts', 'writing', 'write_whole',
-           'write_tensors', 'write_json', 'save_array', 'claim_folder', 'start_worker', 'work_through', 'write_video',
-           'encode_mp4', 'FrameCollector', 'SoundCollector', 'open_media', 'is_cut', 'check_tracks', 'first_moment',
-           'missing', 'check_whole', 'collect', 'read_segments']
+__all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'MOST_SOUND', 'FINEST_SOUND', 'LOUDEST',
+           'CUT_SECONDS', 'FORMATS', 'STAND_IN', 'MOST_BOXES', 'MediaError', 'Segments', 'segment_starts', 'writing',
+           'sole_writer', 'check_file', 'write_whole', 'write_tensors', 'read_tensors', 'write_json', 'save_array',
+           'claim_folder', 'start_worker', 'work_through', 'write_video', 'encode_mp4', 'FrameCollector',
+           'SoundCollector', 'open_media', 'is_cut', 'check_tracks', 'first_moment', 'missing', 'check_whole',
+           'packets', 'collect', 'read_segments']
 
 # %% ../nbs/01_media.ipynb #fac76398
 SAMPLE_RATE = 16_000         # Hz, mono
@@ -36,6 +38,7 @@ FRAMES_PER_SEGMENT = 4       # frames kept of each second
 FRAME_SIZE = 128             # pixels a side
 MAX_PIXELS = 8192 * 8192     # a larger picture is refused
 MOST_SOUND = 120             # seconds in one piece of sound, all channels together
+FINEST_SOUND = 1_000_000     # samples a second
 LOUDEST = 1e6                # samples are 1 at most, 32768 where somebody forgot to scale them
 CUT_SECONDS = 0.5            # a track that ends so much before its time was cut off
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,wav,mp3,flac"  # mov is also mp4 and 3gp
@@ -77,21 +80,52 @@ def writing(
         raise OSError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
                       "make room there, or choose another folder") from error
 
+@contextmanager
+def sole_writer(
+    draft:Path,              # of a file
+) -> Iterator[None]:
+    "One process at a time writes a draft, the others wait; what a killed run has left, or a link that leads elsewhere, goes."
+    try:
+        from fcntl import LOCK_EX, flock
+    except ImportError:              # Windows removes no file that another process writes
+        draft.unlink(missing_ok=True)
+        yield
+        return
+    mine = False
+    while not mine:
+        with suppress(FileNotFoundError):
+            found = draft.lstat()
+            if not S_ISREG(found.st_mode) or found.st_nlink > 1: draft.unlink()
+        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            with suppress(OSError): flock(file, LOCK_EX)             # some network disks have no locks
+            with suppress(FileNotFoundError): mine = os.path.samestat(os.fstat(file), draft.stat())
+            if mine:                 # and not one that its writer has renamed while this one waited
+                os.ftruncate(file, 0)
+                yield
+        finally: os.close(file)
+
+def check_file(
+    path:Path,               # where a file is to go
+) -> None:
+    "OSError where something else than a file stands."
+    if not path.name or (path.exists() and not path.is_file()):
+        raise OSError(f"{path}: is a folder or a device, not a file; choose another name")
+
 def write_whole(
     path:Path,                       # where the file goes; folders are made
     write:Callable[[Path], None],    # writes the file it is given
 ) -> None:
     "Write a file whole or not at all: what stood there before stays until the new one is ready."
-    if not path.name or (path.exists() and not path.is_file()):
-        raise OSError(f"{path}: is a folder or a device, not a file; choose another name")
+    check_file(path)
     draft = path.with_name(f".{path.name}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.unlink(missing_ok=True)            # left by a killed run, or a link that leads elsewhere
-        try:
-            write(draft)
-            os.replace(draft, path)
-        finally: draft.unlink(missing_ok=True)
+        with sole_writer(draft):
+            try:
+                write(draft)
+                os.replace(draft, path)
+            finally: draft.unlink(missing_ok=True)
 
 def write_tensors(
     path:Path,                       # such as model.safetensors
@@ -101,6 +135,20 @@ def write_tensors(
     "A safetensors file, whole or not at all. (The library's own writer leaves its draft when killed.)"
     from safetensors.torch import save  # not at the top: who reads a video does not need torch
     write_whole(path, lambda draft: draft.write_bytes(save(tensors, notes)))
+
+def read_tensors(
+    path:Path,
+    like:dict,                       # name → tensor of the shape and kind that is wanted, without numbers perhaps
+) -> dict:                           # name → tensor
+    "A safetensors file. RuntimeError: it holds other tensors, which is seen before they take any memory."
+    from safetensors import safe_open
+    wanted = {name: (list(tensor.shape), tensor.is_floating_point()) for name, tensor in like.items()}
+    with safe_open(path, "pt") as file:
+        pieces = {name: file.get_slice(name) for name in file.keys()}
+        found = {name: (piece.get_shape(), "F" in piece.get_dtype()) for name, piece in pieces.items()}
+        if odd := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
+            raise RuntimeError(f"{odd[0]}: other shape or kind of numbers, missing, or not wanted")
+        return {name: file.get_tensor(name) for name in wanted}
 
 # %% ../nbs/01_media.ipynb #bb269ddc
 def write_json(
@@ -125,9 +173,10 @@ def claim_folder(
     origin:dict[str, str],   # what decides its content, such as checksums
 ) -> None:
     "Note in the folder what it is made from. ValueError where it is made from something else."
+    from mcd_edu.features import read_json  # not at the top: who reads a video does not need torch
     path = folder / "made_from.json"
-    try: before = dict(json.loads(path.read_text("utf-8"))) if path.is_file() else origin
-    except (ValueError, TypeError, RecursionError) as error:
+    try: before = dict(read_json(path)) if path.exists() else origin
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); delete that folder or choose "
                          "another one") from error
     if other := [key for key in origin if before.get(key) != origin[key]]:
@@ -241,20 +290,23 @@ class SoundCollector:
         self.waveform, self.position = np.zeros((len(starts), SAMPLE_RATE), np.float32), None
 
     def add(self, frame:av.AudioFrame|None) -> None:
-        "The next piece of sound; None: the stream has ended. ValueError: minutes in one piece."
+        "The next piece of sound; None: the stream has ended. ValueError: no sound that can be heard."
         if frame is not None:
+            if frame.sample_rate > FINEST_SOUND:
+                raise ValueError(f"its sound has {frame.sample_rate} samples a second")
             if frame.samples * frame.layout.nb_channels > MOST_SOUND * frame.sample_rate:
                 raise ValueError(f"its sound has a piece of {frame.samples} samples at {frame.sample_rate} Hz")
             here = round(((frame.time or 0) - self.start) * SAMPLE_RATE)
             if self.position is None or abs(here - self.position) > SAMPLE_RATE // 4:
                 self.position = max(0, here)      # the first piece, or one after a gap
         for piece in self.resampler.resample(frame):
-            self.copy(piece.to_ndarray().reshape(-1, piece.layout.nb_channels).mean(1))
+            samples = piece.to_ndarray().reshape(-1, piece.layout.nb_channels)
+            if not (np.abs(samples) < LOUDEST).all():
+                raise ValueError("its sound has samples that are no numbers, or far too large")
+            self.copy(samples.mean(1))
 
     def copy(self, samples:np.ndarray) -> None:
-        "Lay samples down second by second. ValueError: they are no numbers."
-        if not (np.abs(samples) < LOUDEST).all():
-            raise ValueError("its sound has samples that are no numbers, or far too large")
+        "Lay samples down second by second."
         while len(samples):
             second, offset = divmod(self.position, SAMPLE_RATE)
             count = min(len(samples), SAMPLE_RATE - offset)
@@ -347,6 +399,14 @@ def check_whole(
                              "cut off; copy it again")
 
 # %% ../nbs/01_media.ipynb #fefe3c91
+def packets(
+    container:av.container.InputContainer,
+    streams:Sequence[av.stream.Stream],
+) -> Iterator[av.Packet]:
+    "What the tracks hold, and an empty packet at the end of each, which lets the decoder give what it kept back."
+    try: yield from container.demux(*streams)
+    except IndexError: pass      # tracks began midway; at the very end, PyAV asks for theirs, too (its issue 692)
+
 def collect(
     container:av.container.InputContainer,
     pictures:FrameCollector,
@@ -356,7 +416,7 @@ def collect(
     streams = [*container.streams.video[:1], *container.streams.audio[:1]]
     ends = {stream.index: 0. for stream in streams}
     for stream in streams: stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}    # later ones, too
-    for packet in container.demux(*streams):
+    for packet in packets(container, streams):
         for frame in packet.decode():
             (pictures if isinstance(frame, av.VideoFrame) else sound).add(frame)
         if packet.pts is not None:

@@ -4,7 +4,6 @@
 
 # %% ../nbs/13c_other_encoders.ipynb #852d8fe1
 from __future__ import annotations
-import json
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .data import DataError
 from .encoders import LogMel, VisualEncoder
+from .features import read_json
 from .media import save_array, work_through
 from .samples.scenes import FPS, Scene, render_frames, render_waveform
 from .samples.sounds import load_bank
@@ -81,8 +81,8 @@ def read_scenes(
     "The scenes of all splits. DataError: they are not there, or broken."
     files = [Path(folder) / "truth" / f"{split}.json" for split in ("train", "val", "test")]
     try: return [Scene.from_json(record) for file in files
-                 for record in json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+                 for record in read_json(file)]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder}: no scenes to draw ({error}); give a sample set of "
                         "music_avqa with its folder truth/") from error
 

@@ -74,11 +74,8 @@ def write_predictions(
         try: read_lines(Path(path))
         except DataError as error:
             raise DataError(f"{path}: is there and holds no predictions; choose another name") from error
-    lines = answer_lines(model, data, device)
-    def write(draft):
-        with draft.open("w", encoding="utf-8") as file:
-            for line in lines: file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    write_whole(Path(path), write)
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in answer_lines(model, data, device)]
+    write_whole(Path(path), lambda draft: draft.write_text("".join(lines), encoding="utf-8"))
     return Path(path)
 
 # %% ../nbs/12b_predictions.ipynb #6ada19b7

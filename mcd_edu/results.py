@@ -62,11 +62,14 @@ def load_results(
     for file in files:
         record = read_record(file)
         run = Run(**record["run"])
-        schema = schema_from_json(record["schema"]) if "schema" in record else MUSIC_AVQA   # early
+        try: schema = schema_from_json(record["schema"]) if "schema" in record else MUSIC_AVQA   # early
+        except DataError as error:
+            raise DataError(f"{file}: its schema is none ({error.__cause__}); delete it and run again") from error
         if (key := (run.dataset, run.annotations, schema)) not in asked:
             if schema.name != run.dataset:
                 raise DataError(f"{file}: {run.dataset} with answers of {schema.name}; delete it")
-            asked[key] = AskedSet.read(folder_of(data, run.dataset), run, schema)
+            try: asked[key] = AskedSet.read(folder_of(data, run.dataset), run, schema)
+            except DataError as error: raise DataError(f"{file}: {error}") from error
         results.append(load_result(file, run, record, asked[key]))
     return results
 
@@ -147,7 +150,7 @@ def score_datasets(
 # %% ../nbs/14a_results.ipynb #aa14e013
 class Cost(NamedTuple):
     "Mean over the seeds."
-    parameters:int
+    parameters:float         # a whole number; nan: not noted
     seconds:float            # of one core, for one training; nan: never seen whole
     answers_per_second:float # of one core; nan: not measured
 
@@ -158,8 +161,8 @@ def cost(
     records = [one.record for one in group]
     def mean(values): return float(np.mean(values)) if values else float("nan")
     whole = [r["cpu_seconds"] for r in records
-             if r.get("timed_epochs", r["training"]["epochs"]) == r["training"]["epochs"]]
-    return Cost(records[0]["parameters"], mean(whole),
+             if "cpu_seconds" in r and r.get("timed_epochs", r["training"]["epochs"]) == r["training"]["epochs"]]
+    return Cost(records[0].get("parameters", float("nan")), mean(whole),
                 mean([r["answers_per_second"] for r in records if "answers_per_second" in r]))
 
 # %% ../nbs/14a_results.ipynb #aa14e014
@@ -209,7 +212,7 @@ def full_table(
     rows = next(iter(scores[first].values()))
     columns = {short: column(first, row) for short, row in zip(SHORT, rows)}
     columns |= {name: column(name, MICRO) for name in scores if name != first}
-    columns |= {"parameters": {title: f"{price.parameters:,}" for title, price in prices.items()},
+    columns |= {"parameters": {title: number(price.parameters, ",.0f") for title, price in prices.items()},
                 "training, s": {title: number(price.seconds, ".0f") for title, price in prices.items()},
                 "answers/s": {title: number(price.answers_per_second, ",.0f") for title, price in prices.items()}}
     return table_lines([["", *columns], *([title, *(found.get(title, "–") for found in columns.values())]
@@ -248,7 +251,7 @@ def cost_table(
         price, micro = cost(group), score([one.test for one in group], draws)[MICRO]
         lines.append([variant, str(len(group)), micro.text(),
                       lead[variant][MICRO].text(signed=True) if variant in lead else "",
-                      f"{price.parameters:,}", number(price.seconds, ".0f"),
+                      number(price.parameters, ",.0f"), number(price.seconds, ".0f"),
                       number(price.answers_per_second, ",.0f")])
     return table_lines(lines)
 

@@ -30,10 +30,10 @@ from .samples.sample_set import SampleSetConfig, write_annotations
 from .samples.scenes import DURATION, LEVELS, PLACES, Scene, sample_scene
 
 # %% auto #0
-__all__ = ['TOY_KINDS', 'LOOK_EVERY', 'NEWER', 'perfect_features', 'make_toy_set', 'schema_of', 'keywords', 'TrainingConfig',
-           'learning_rate', 'make_optimizer', 'Step', 'check_finite', 'Guard', 'learn', 'train_epoch', 'ask',
-           'accuracy', 'save_checkpoint', 'load_checkpoint', 'flatten_optimizer', 'restore_optimizer', 'dataset_digest',
-           'differences', 'Progress', 'ask_teacher', 'check_together', 'train']
+__all__ = ['TOY_KINDS', 'LOOK_EVERY', 'NEWER', 'perfect_features', 'make_toy_set', 'schema_of', 'check_pairs', 'keywords',
+           'TrainingConfig', 'learning_rate', 'make_optimizer', 'Step', 'check_finite', 'Guard', 'learn', 'train_epoch',
+           'ask', 'accuracy', 'save_checkpoint', 'load_checkpoint', 'flatten_optimizer', 'restore_optimizer',
+           'dataset_digest', 'differences', 'Progress', 'ask_teacher', 'check_together', 'train']
 
 # %% ../nbs/10_training.ipynb #202822c5
 TOY_KINDS = INSTRUMENTS[:6]          # the instruments of the toy set
@@ -85,11 +85,25 @@ def make_toy_set(
 def schema_of(
     where:str|Path,          # the checkpoint, for the message
     about:dict,              # what it says of itself
+    config,                  # of the model
 ) -> Schema:
-    "What the answers of a checkpoint mean. CheckpointError: unreadable."
-    if "schema" not in about: return MUSIC_AVQA
-    try: return schema_from_json(about["schema"])
+    "What the answers of a checkpoint mean. CheckpointError: unreadable, or of another model."
+    try: schema = schema_from_json(about["schema"]) if "schema" in about else MUSIC_AVQA
     except DataError as error: raise CheckpointError(f"{where}/config.json: {error}") from error
+    pairs = {"a number of choices of": (config.num_choices, schema.num_choices)}
+    if not schema.num_choices: pairs["a list of answers of length"] = config.num_answers, len(schema.answers)
+    check_pairs(where, pairs)
+    return schema
+
+def check_pairs(
+    where:str|Path,                      # a checkpoint, for the message
+    pairs:dict[str, tuple[int, int]],    # what → what the model expects, what is there
+) -> None:
+    "CheckpointError where the two differ."
+    for what, (expected, found) in pairs.items():
+        if expected != found:
+            raise CheckpointError(f"{where}: the model expects {what} {expected}, here it is "
+                                  f"{found}; use the encoders and files of its own training")
 
 def keywords(
     data:AVQADataset,        # the training set
@@ -257,7 +271,7 @@ def train_epoch(
     device:str="cpu",
     step:nn.Module|None=None,        # the model's `Step`, if there is one already
 ) -> dict[str, float]:       # mean of every loss over the batches
-    "One pass over all questions. ValueError where a loss or gradient is not finite."
+    "One pass over all questions. ValueError where a loss, gradient or weight is not finite."
     feed = data if isinstance(data, Feed) else Feed(data, Team.find(device))
     team, step = feed.team, step or Step(model, feed.team, config.precision)
     model.train()
@@ -270,6 +284,9 @@ def train_epoch(
         losses = learn(step, optimizer, feed.share(batch), guard)
         for name, loss in losses.items(): sums[name] += loss.detach()
     guard.look()
+    if odd := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"epoch {epoch}: {odd[0]} is not finite after the last step; lower learning_rate, now "
+                         f"{config.learning_rate:g}; the epochs before this one are kept")
     team.align(model)
     return {name: float(total) / steps for name, total in sums.items()}
 
@@ -330,7 +347,15 @@ def restore_optimizer(
     optimizer:torch.optim.Optimizer,
     tensors:dict[str, Tensor],
 ) -> None:
-    "The reverse of `flatten_optimizer`."
+    "The reverse of `flatten_optimizer`. ValueError: not the state of this optimizer, which itself would not notice."
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    learned = {key.split(".")[0] for key in tensors}         # weights that a variant does not use have no moments
+    shapes = {f"{number}.{name}": shape for number, weight in enumerate(weights) if str(number) in learned
+              for name, shape in (("step", ()), ("exp_avg", weight.shape), ("exp_avg_sq", weight.shape))}
+    if not tensors or {key: tensor.shape for key, tensor in tensors.items()} != shapes:
+        raise ValueError("its moments are of other weights")
+    if not all(tensor.isfinite().all() and (key.endswith("exp_avg") or (tensor >= 0).all()) for key, tensor in tensors.items()):
+        raise ValueError("its moments are no moments")
     state = defaultdict(dict)
     for key, tensor in tensors.items():
         number, name = key.split(".")
@@ -383,8 +408,9 @@ class Progress:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             settings, history = notes["settings"], notes["history"]
             settings["training"] = {**NEWER, **settings["training"]}
-            for epoch in history: _ = epoch["val"]
-            return settings, history, tensors
+            if not all(0 <= epoch["val"] <= 1 for epoch in list(history)) or len(history) > settings["training"]["epochs"]:
+                raise ValueError("its history is none")
+            return settings, list(history), tensors
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: unreadable ({error}); "
                                   "delete it to begin anew") from error

@@ -5,9 +5,10 @@
 # %% ../nbs/13d_variants.ipynb #c0f98b47
 from __future__ import annotations
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from .datasets import DATASETS
+from .features import PLAIN_NAME
 from .training import TrainingConfig
 
 # %% auto #0
@@ -102,7 +103,7 @@ class Run:
     seed:int = 0
     clips:int|None = None                # training videos; None: all
     types:bool = False                   # oracle type
-    annotations:str = "json"             # which split of MUSIC-AVQA
+    annotations:str = "json"             # which split of MUSIC-AVQA: a folder in that of the data
     training:dict = field(default_factory=dict)   # what differs from `TrainingConfig`, if the variant leaves it open
     dataset:str = "music_avqa"           # one of `DATASETS`
     aside:float = 0.                     # share of the questions on training videos never trained on
@@ -111,6 +112,13 @@ class Run:
     options:dict = field(default_factory=dict)    # of the model, beyond those of the variant
 
     def __post_init__(self):
+        for part in fields(self):
+            kind = type(getattr(self, part.name)).__name__.replace("NoneType", "None")
+            if kind not in part.type.replace("float", "float | int").split(" | "):
+                raise ValueError(f"Run: {part.name} is of kind {kind}; give {part.type}")
+        for name in ("training", "options"):
+            if not all(isinstance(key, str) and isinstance(x, str | int | float) for key, x in getattr(self, name).items()):
+                raise ValueError(f"Run: {name} is not made of names with a word or number each; give such")
         for name, allowed in (("variant", VARIANTS | ABLATIONS), ("dataset", DATASETS)):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"Run: {name} {value!r}; choose one of {', '.join(allowed)}")
@@ -119,9 +127,11 @@ class Run:
                              f"it is for {', '.join(fitting)}")
         if self.types and {"keywords", "types"} & find_variant(self.variant).shows.keys():
             raise ValueError(f"Run: {self.variant!r} chooses the text objects itself; leave out types")
-        if not 0 <= self.aside < 1 or (self.per_video is not None and self.per_video < 1):
-            raise ValueError(f"Run: aside={self.aside}, per_video={self.per_video}; give a share "
-                             "below 1, and at least one question a video")
+        if not PLAIN_NAME.fullmatch(self.annotations):
+            raise ValueError(f"Run: annotations {self.annotations[:80]!r}; give the plain name of a folder")
+        if not 0 <= self.aside < 1 or any(number is not None and number < 1 for number in (self.clips, self.per_video)):
+            raise ValueError(f"Run: clips={self.clips}, aside={self.aside}, per_video={self.per_video}; give a share "
+                             "below 1, at least one training video, and at least one question a video")
         if self.options and not self.label or not re.fullmatch(r"[\w .-]*", self.label):
             raise ValueError(f"Run: label {self.label!r} with options {self.options}; give options "
                              "a name of letters, digits, dots, hyphens and blanks")

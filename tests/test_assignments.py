@@ -3,6 +3,8 @@
 import csv
 import importlib
 import json
+import math
+import multiprocessing
 import os
 import shutil
 import time
@@ -214,6 +216,9 @@ def test_what_goes_wrong_in_a_task_is_one_line_and_the_other_task_goes_on(tmp_pa
     ("while True: print('a' * 10_000)", "stopped after 3 s"),
     ("import os; os._exit(0)", "its process ended early"),
     ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its process ended early"),
+    ("import gc, multiprocessing.connection as c\n"
+     "    for pipe in gc.get_objects():\n"
+     "        if isinstance(pipe, c.Connection): pipe.send_bytes(b'[' * 90_000)", "its process ended early"),
     ("import time\n    while True:\n        try: time.sleep(9)\n        except BaseException: pass", "stopped after 3 s"),
 ])
 def test_a_process_that_hangs_or_dies_costs_only_its_task(tmp_path, course, body, note, capfd):
@@ -221,6 +226,22 @@ def test_a_process_that_hangs_or_dies_costs_only_its_task(tmp_path, course, body
     (passed, why), other = notes(submit(tmp_path, body), course, 3)
     assert (passed, why) == (False, note) and other == (True, "")
     assert time.monotonic() - start < 90 and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 86_401, 1e7, 1e300, math.inf, math.nan])
+def test_a_time_that_nobody_can_wait_is_refused_before_anything_starts(tmp_path, course, monkeypatch, seconds):
+    monkeypatch.setattr(assignments, "multiprocessing", None)
+    path = submit(tmp_path)
+    with pytest.raises(ValueError, match="give a time above 0, at most 86400"): notes(path, course, seconds)
+    with pytest.raises(ValueError, match="give a time"): list(grade(tmp_path, tmp_path / "x.csv", seconds, course))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_process_outlives_a_check_that_is_interrupted(tmp_path, course, monkeypatch):
+    def interrupt(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(assignments, "messages", interrupt)
+    with pytest.raises(KeyboardInterrupt): notes(submit(tmp_path), course)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.skipif(not hasattr(os, "setsid"), reason="needs process groups and limits")
@@ -285,6 +306,13 @@ def test_what_is_no_notebook_is_refused(tmp_path, content):
     path = tmp_path / "x.ipynb"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="x.ipynb: not a notebook"): read_submission(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_nobody_waits_for_a_pipe_or_a_device(tmp_path):
+    os.mkfifo(tmp_path / "x.ipynb")
+    for path in tmp_path / "x.ipynb", Path("/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path.name}: not a notebook"): read_submission(path)
 
 
 def test_other_notebooks_are_refused(tmp_path, course):

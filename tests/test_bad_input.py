@@ -32,6 +32,7 @@ TRAIN = "train data --out new --epochs 1 --option embed_dim=16"
 AGAIN = TRAIN.replace("new", "model")    # where a training is already
 EVALUATE = "evaluate data --checkpoint model"
 ANSWER = "answer clip.mp4 ASK --checkpoint asked"
+LISTEN = "answer clip.wav ASK --checkpoint asked --allow-missing"
 PACK = "pack data/feats/small_visual --out new --encoder toy"
 
 
@@ -120,6 +121,19 @@ def film(picture: bool = True, sound: bool = True, form: str = "mp4", size: int 
     return spoil
 
 
+def noise(*values: float, rate: int = 16_000) -> Callable[[Path], None]:
+    """A thousand samples of a value in each channel."""
+    def write(place: Path) -> None:
+        with av.open(str(place / "clip.wav"), "w") as container:
+            layout = "mono" if len(values) == 1 else "stereo"
+            audio = container.add_stream("pcm_f32le", rate=rate, layout=layout)
+            samples = av.AudioFrame.from_ndarray(np.tile(np.array(values, np.float32), (1, 1000)), "flt", layout)
+            samples.sample_rate, samples.pts = rate, 0
+            container.mux(audio.encode(samples))
+            container.mux(audio.encode())
+    return write
+
+
 def bookmark(notes) -> Callable:
     """Other notes in the progress file of a training."""
     text = notes if isinstance(notes, str) else json.dumps(notes)
@@ -141,6 +155,13 @@ def many(*steps: Callable) -> Callable:
     return lambda place: [step(place) for step in steps]
 
 
+def videos_with_questions(place: Path) -> None:
+    """Questions of MSVD-QA beside the features that are there."""
+    record = {"answer": "man", "id": 0, "question": "who is there?", "video_id": 1}
+    put("data/test_qa.json", json.dumps([record]))(place)
+    put("data/youtube_mapping.txt", f"{VIDEO} vid1\n")(place)
+
+
 CASES = {
     # media
     "no such video": Case("answer none.mp4 ASK --checkpoint asked", "none.mp4: no such file; give"),
@@ -156,8 +177,9 @@ CASES = {
     "a page for a video": Case(ANSWER, "not a video", put("clip.mp4", "<html><body>404</body></html>")),
     "no sound": Case(ANSWER, "has no sound track", film(sound=False)),
     "no pictures": Case(ANSWER, "has no picture track", film(picture=False)),
-    "sound that is not a number": Case("answer clip.wav ASK --checkpoint asked --allow-missing", "no numbers",
-                                       lambda place: write_wav(place / "clip.wav", np.nan)),
+    "sound that is not a number": Case(LISTEN, "no numbers", noise(np.nan)),
+    "sound without bounds": Case(LISTEN, "no numbers", noise(np.inf, -np.inf)),
+    "sound at two million samples a second": Case(LISTEN, "2000000 samples a second", noise(0, rate=2_000_000)),
     "an address for a video": Case("answer https://example.org/x.mp4 ASK --checkpoint asked", "no such file"),
     "no video in a folder": Case("extract data --out new", "data: there is no video in this folder; give another"),
     "two videos of one name": Case("extract clip.mp4 copy/clip.mp4 --out new", "have one name",
@@ -271,6 +293,12 @@ CASES = {
     "another vocabulary": Case(ANSWER, "words for a vocabulary of size", change(CONFIG, words=["one"])),
     "words that are numbers": Case(ANSWER, "not the configuration", change(CONFIG, words=[1, 2, "x"])),
     "no keywords": Case(ANSWER, 'no list of "keywords"', change(CONFIG, about={})),
+    "a schema with too few answers": Case(
+        EVALUATE + " --out new.jsonl", "the model expects a list of answers of length",
+        change("model/config.json", about__schema={"name": "music_avqa", "answers": ["yes"], "num_choices": 0,
+                                                   "question_types": [["Audio", "Counting"]]})),
+    "questions of another dataset": Case(EVALUATE + " --dataset msvd_qa", "is none of music_avqa; give a model of this dataset",
+                                         videos_with_questions),
     "a schema that is none": Case(ANSWER, "stored schema: ", change(CONFIG, about__schema=[1])),
     "for other features": Case("answer clip.mp4 ASK --checkpoint model", "visual features of width 37"),
     "a progress file cut off": Case(AGAIN, "delete it to begin anew",
@@ -286,6 +314,11 @@ CASES = {
                                 put("results/a.json", "[" * 100_000)),
     "results of another kind": Case("experiments table --data data --results results", "a.json: not a result file",
                                     put("results/a.json", "[]")),
+    "results with a word for what was measured": Case(
+        "experiments table --data data --results results --claims", "'measured' of the file is of kind str",
+        put("results/a.json", '{"run": {"variant": "MCD"}, "measured": "x"}')),
+    "results on another folder": Case("experiments table --data data --results results", "give the plain name of a folder",
+                                      put("results/a.json", '{"run": {"variant": "MCD", "annotations": "../data/json"}}')),
     "a variant that is none": Case("experiments run nosuch --data data --results new", "nosuch"),
     "variants, and all of them": Case("experiments run MCD --all --data data --results new", "name some variants, or give --all"),
     "no such assignment": Case("assignments new nosuch new", "no assignment 'nosuch'"),
@@ -294,6 +327,9 @@ CASES = {
 
     # the command line
     "an unknown command": Case("ansver clip.mp4 ASK", "ansver", code=2),
+    "more epochs than numbers": Case(f"train data --out new --epochs 1{'0' * 400}", "--epochs", code=2),
+    "more clips than numbers": Case(f"samples --out new --clips 1{'0' * 400}", "--clips", code=2),
+    "a student with all the time in the world": Case("assignments check x.ipynb --seconds 1e300", "--seconds", code=2),
     "an unknown flag": Case(EVALUATE + " --fast", "--fast", code=2),
     "nothing to do": Case("train data", "--out", code=2),
     "a word for a count": Case("train data --out new --epochs many", "--epochs", code=2),
@@ -306,6 +342,12 @@ CASES = {
     "an encoder of the other sense": Case("extract clip.mp4 --out new --visual small_audio", "is no visual encoder"),
     "no encoder at all": Case("extract clip.mp4 --out new --visual none --audio none", "give a visual encoder"),
     "an unknown device": Case("extract clip.mp4 --out new --device warp", "choose another device"),
+    "a device of another maker": Case(TRAIN + " --device hpu", "device 'hpu' cannot be used here (No module named"),
+    "a device with a long story": Case("extract clip.mp4 --out new --device lazy", "backend); choose another device"),
+    "a part with too many digits": Case(f"extract clip.mp4 --out new --shard 0/{'1' * 5000}", "such as 0/4 to 3/4"),
+    "grades into a folder": Case("assignments grade data --out x.csv", "is a folder or a device, not a file; choose another name",
+                                 lambda place: (place / "x.csv").mkdir()),
+    "grades below a file": Case("assignments grade data --out clip.mp4/x.csv", "is a file; give a folder for the results"),
     "a part of nothing": Case("extract clip.mp4 --out new --shard 3/2", "such as 0/4 to 3/4"),
     "results into a file": Case("train data --out clip.mp4", "clip.mp4: is a file; give a folder"),
     "results below a file": Case("extract clip.mp4 --out clip.mp4/x", "is a file; give a folder"),
@@ -325,6 +367,7 @@ CASES = {
     "predictions with an id beyond all numbers": Case("compare a a", "line 1 is no prediction", put("a", lines({"id": 2**63}))),
     "predictions over the annotations": Case(EVALUATE + " --out data/json/avqa-test.json",
                                              "holds no predictions; choose another name"),
+    "predictions below a file": Case(EVALUATE + " --out clip.mp4/x.jsonl", "is a file; give a folder for the results"),
     "predictions into a folder": Case(EVALUATE + " --out .", "is a folder or a device, not a file; choose another name"),
     "draws without end": Case(f"compare a b --draws {10**9}", "--draws", code=2),
     "a device that computes nothing": Case(TRAIN + " --device meta", "device 'meta' cannot be used here"),
@@ -332,16 +375,6 @@ CASES = {
                                       put("x.csv", "a,b\n1,2\n")),
     "predictions over what is there": Case(EVALUATE + " --out x.jsonl --shuffle-videos", "leave out --shuffle-videos"),
 }
-
-
-def write_wav(path: Path, value: float) -> None:
-    """A second of one value."""
-    with av.open(str(path), "w") as container:
-        audio = container.add_stream("pcm_f32le", rate=16_000, layout="mono")
-        samples = av.AudioFrame.from_ndarray(np.full((1, 16_000), value, np.float32), "flt", "mono")
-        samples.sample_rate, samples.pts = 16_000, 0
-        container.mux(audio.encode(samples))
-        container.mux(audio.encode())
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,8 @@ def test_the_controls_take_away_what_does_not_come_from_the_clip():
     row = [9, .5, 1., .3, .2, .45, .9]           # questions, mass, hit, even, elsewhere, mates, chance of a hit
     result.record["measured"]["pointing"] = {"words, sound": {"all": row}}
     assert pointing_above_chance(result, "words, sound") == pytest.approx(5)
+    result.record["measured"]["pointing"] = {"words, sound": {"all": row[:5]}}       # early files
+    assert by_seed([result], "pointing: words, sound") == {}
 
 
 def test_other_training_settings_stand_in_another_table():

@@ -21,7 +21,7 @@ from mcd_edu.data import Vocabulary
 from mcd_edu.inference import WEIGHTS, Answerer, Reply
 from mcd_edu.media import write_video
 from mcd_edu.model import MCD, MCDConfig
-from mcd_edu.samples import choices, provide, sample_set
+from mcd_edu.samples import provide, sample_set
 from mcd_edu.samples.choices import build_choice_set
 from mcd_edu.samples.sample_set import SampleSetConfig, split_scenes, write_annotations
 from mcd_edu.training import save_checkpoint
@@ -377,15 +377,40 @@ def test_evaluate_for_a_person_and_for_a_program(call, data, trained):
 def test_samples_of_the_other_datasets(call, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(provide, "build_action_set", lambda *args, **options: seen.append((*args, options)))
-    monkeypatch.setattr(choices, "build_choice_set", lambda *args: seen.append(args))
-    monkeypatch.setattr(provide, "check_samples", lambda *args: seen.append(args))
-    for name in ("avqa", "msvd_qa"):
-        code, out, _ = call("samples", "--out", tmp_path / name, "--dataset", name, "--source", "music", "--workers", 0)
-        assert code == 0 and out == f"{name}: {tmp_path / name}\n"
-    assert seen == [(tmp_path / "avqa", Path("music")), (tmp_path / "msvd_qa", "msvd_qa", {"workers": 0}),
-                    (tmp_path / "msvd_qa", "msvd_qa")]
+    monkeypatch.setattr(provide, "check_samples", lambda *args: seen.append(args) or 6)
+    code, out, _ = call("samples", "--out", tmp_path / "msvd_qa", "--dataset", "msvd_qa", "--workers", 0)
+    assert code == 0 and out == f"msvd_qa: {tmp_path / 'msvd_qa'}; 6 files as published\n"
+    assert seen == [(tmp_path / "msvd_qa", "msvd_qa", {"workers": 0}), (tmp_path / "msvd_qa", "msvd_qa")]
     code, _, err = call("samples", "--out", tmp_path / "cats", "--dataset", "cats")
     assert code == 1 and "dataset 'cats' is unknown" in err and not (tmp_path / "cats").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    *((dict(clips=clips), "clips: give a whole number from 15 to 1000000") for clips in (0, -5, 14, 15.0, 10**6 + 1, 10**400)),
+    (dict(workers=-1), "workers=-1; give a whole number of processes"), (dict(workers=0.5), "workers=0.5; give")])
+@pytest.mark.parametrize("name", ["music_avqa", "msvd_qa", "avqa"])
+def test_no_sample_set_of_a_size_that_is_none(monkeypatch, tmp_path, name, options, message):
+    monkeypatch.setenv("MCD_EDU_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=message): provide.provide_samples(tmp_path / "zz" / name, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_choices_are_checked_where_their_clips_are_known(call, made, tmp_path):
+    code, out, _ = call("samples", "--out", tmp_path / "avqa", "--dataset", "avqa", "--source", made)
+    assert code == 0 and out == f"avqa: {tmp_path / 'avqa'}; 2 files as published\n"
+    others = shutil.copytree(made, tmp_path / "others")
+    (others / "json" / "avqa-test.json").write_text("[]")
+    code, out, _ = call("samples", "--out", tmp_path / "other", "--dataset", "avqa", "--source", others)
+    assert code == 0 and out.endswith("; 0 files as published\n")
+
+
+def test_the_clips_of_choices_are_made_beside_them(call, made, tmp_path):
+    shutil.copytree(made, tmp_path / "music_avqa-15")
+    next((tmp_path / "music_avqa-15").rglob("*.npy")).unlink()
+    code, out, _ = call("samples", "--out", tmp_path / "avqa", "--dataset", "avqa", "--clips", 15, "--workers", 0)
+    assert code == 0 and out.endswith("; 2 files as published\n")
+    (tmp_path / "music_avqa-15" / "truth" / "test.json").write_text("[]")
+    assert call("samples", "--out", tmp_path / "avqa", "--dataset", "avqa", "--clips", 15, "--workers", 0)[0] == 0, "made again"
 
 
 def test_pack_makes_a_store_that_evaluate_reads(call, data, trained, tmp_path):

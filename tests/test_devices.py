@@ -17,7 +17,7 @@ from mcd_edu import devices
 from mcd_edu.baselines.knowledge_distillation import GraphVQA, KDConfig
 from mcd_edu.data import VideoBatch
 from mcd_edu.datasets import load_splits
-from mcd_edu.devices import Feed, Team, each, find_device, shares, take_rows
+from mcd_edu.devices import Feed, Team, each, find_device, in_short, shares, take_rows
 from mcd_edu.layers import KeysValues
 from mcd_edu.model import MCD, MCDConfig
 from mcd_edu.training import TrainingConfig, accuracy, load_checkpoint, make_toy_set, train
@@ -51,11 +51,18 @@ def parts_of(batch: VideoBatch) -> dict:
 
 # Devices ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("wrong", ["gpu", "cuda:99", "", "cpu:x", "cpu cuda"])
+@pytest.mark.parametrize("wrong", ["gpu", "cuda:99", "", "cpu:x", "cpu cuda", "hpu", "privateuseone", "lazy"])
 def test_a_device_that_is_not_there_is_refused(wrong):
     with pytest.raises(ValueError, match="cannot be used here") as error:
         find_device(wrong)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("text, short", [
+    ("Could not run 'aten::x'. This is why:\nmore", "Could not run 'aten::x'"), ("\n not here:\n", "not here"),
+    ("no file a.b at 3.5", "no file a.b at 3.5"), ("word " * 90, "word " * 29 + "..."), ("", "RuntimeError")])
+def test_an_error_in_short_is_its_first_sentence(text, short):
+    assert in_short(RuntimeError(text)) == short
 
 
 def test_auto_is_a_device_that_is_there():

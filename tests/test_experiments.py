@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from mcd_edu.experiments import (
     missing_runs,
     pack,
     question_digest,
+    read_record,
     read_splits,
     read_truth,
     run_grid,
@@ -153,8 +155,8 @@ def test_a_grid_returns_files_in_the_order_of_its_runs(data, tmp_path, monkeypat
 
 def test_a_failure_is_reported_after_the_others_are_done(data, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "ProcessPoolExecutor", Now)
-    runs = [Run("MCD", clips=0, training=BRIEF), Run("MCD", 1, clips=2, training=BRIEF)]
-    with pytest.raises(DataError, match="clips=0"):
+    runs = [Run("MCD", aside=.01, training=BRIEF), Run("MCD", 1, clips=2, training=BRIEF)]
+    with pytest.raises(DataError, match="aside=0.01"):
         run_grid(runs, data, tmp_path / "results", tmp_path / "work")
     assert [file.stem for file in (tmp_path / "results").iterdir()] == [runs[1].name]
 
@@ -394,6 +396,61 @@ def test_broken_files_are_refused(go, data, tmp_path, spoil):
     with pytest.raises(DataError, match="not a result file") as error:
         load_results(tmp_path / "results", data)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+PLAIN = {"run": {"variant": "MCD", "seed": 0}, "training": {"seed": 0, "epochs": 1}, "history": [],
+         "predicted": {"test": [0] * 20, "shuffled": [0] * 20}}
+CHOICES = {"name": "music_avqa", "answers": [], "question_types": [["Audio", "Counting"]], "num_choices": 4}
+COLUMN = "holds something other than whole numbers from 0"
+
+
+def changed(**parts):
+    """A small result file, with other entries in its parts."""
+    return {**PLAIN, **{key: {**PLAIN.get(key, {}), **part} if isinstance(part, dict) else part for key, part in parts.items()}}
+
+
+@pytest.mark.parametrize("parts, message", [
+    *(({"predicted": {"test": [number] * 20}}, COLUMN) for number in (10**30, 1e999, -1, .5, "1", True, None, [0])),
+    ({"predicted": {"test": 3}}, "'test' of 'predicted' of the file is of kind int"), ({"predicted": [0]}, "of kind list"),
+    *(({"run": {"clips": clips}}, "clips is of kind") for clips in ("x", [1], 1.5, True)), ({"run": {"clips": 0}}, "clips=0"),
+    ({"run": {"annotations": ["json"]}}, "annotations is of kind list"),
+    *(({"run": {"annotations": name}}, "plain name of a folder") for name in ("../data/json", "/x", "..", "", "\x1b[2J", "x\n")),
+    ({"run": {"types": "x"}}, "types is of kind str"), ({"run": {"options": [1]}}, "options is of kind list"),
+    ({"run": {"variant": ["MCD"]}}, "variant is of kind list"), ({"run": {"seed": 1.}}, "seed is of kind float"),
+    ({"run": {"variant": "repeated videos", "training": {"num_questions": [1]}}}, "training is not made of names"),
+    ({"schema": CHOICES}, "does not fit the answers of music_avqa"), ({"schema": 3}, "its schema is none"),
+    ({"measured": "x"}, "'measured' of the file is of kind str"), ({"measured": {"pointing": 3}}, "of kind int"),
+    ({"measured": {"pointing": {"words, sound": {"all": "x"}}}}, "'all' of 'words, sound'"),
+    ({"measured": {"parts": {"test": {"loss": "x"}}}}, "'loss' of 'test' of 'parts'"),
+    ({"measured": {"parts": {"test": 1}}}, "'test' of 'parts' of 'measured' of the file is of kind int"),
+    ({"measured": {"parts": {"test": {"reliability": [[.5, "x", 1]]}}}}, "1 of 0 of 'reliability'"),
+    ({"measured": {"disturbed": {"audio, noise": 1e999}}}, "out of range"),
+    ({"measured": {"diversity": {"x": 10**400}}}, "out of range"),
+    ({"cpu_seconds": "x"}, "'cpu_seconds' of the file"), ({"parameters": [1]}, "'parameters'"), ({"history": 3}, "'history'"),
+])
+def test_results_of_other_kinds_are_refused(data, tmp_path, parts, message):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(changed(**parts)))
+    with pytest.raises(DataError, match=message) as error:
+        load_results(tmp_path, data)
+    assert str(error.value).startswith(f"{file}: ") and str(error.value).isprintable()
+
+
+def test_the_smallest_result_file_is_read(data, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(changed(measured={"diversity": {"words, sound": float("nan")}}, more=[{}])))
+    found = load_results(tmp_path, data)
+    assert found[0].run == Run("MCD") and "| – | – | – |" in cost_table(by_dataset(found)["music_avqa"])
+    with pytest.raises(DataError, match="not a result file"):
+        search_table(tmp_path)                           # of a search there is a history
+
+
+@pytest.mark.parametrize("folder", ["all_models", "claims", "precision", "sample_set", "search"])
+def test_results_that_are_kept_here_are_still_read(folder):
+    files = list((Path(__file__).parent.parent / "results" / folder).rglob("*.json"))
+    for file in files:
+        record = read_record(file, tested=folder != "search")
+        assert Run(**record["run"]).name == file.stem
+    assert files
 
 
 def test_results_of_another_test_set_are_refused(go, tmp_path):

@@ -349,6 +349,14 @@ def test_a_folder_of_another_encoder_is_refused(videos, tmp_path):
     same(features(tmp_path, "x"), before)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_nobody_waits_for_a_pipe_in_place_of_a_note(videos, tmp_path):
+    (tmp_path / "feats" / "x").mkdir(parents=True)
+    os.mkfifo(tmp_path / "feats/x/encoder.json")
+    with pytest.raises(EncoderError, match="encoder.json: cannot be read .*; delete that folder"):
+        run(videos, tmp_path, visual=dot("x"), audio=None)
+
+
 def test_other_small_encoders_are_refused(videos, tmp_path):
     torch.manual_seed(1)
     save_encoders(tmp_path / "mine", VisualEncoder(), AudioEncoder())
@@ -800,6 +808,13 @@ def test_a_processor_of_another_size_is_refused(checkpoint, tmp_path):
     hf.ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder)
     with pytest.raises(EncoderError, match="does not run on cpu"):
         load_encoder(f"vit:{folder}")
+
+
+@pytest.mark.parametrize("device", ["hpu", "privateuseone", "lazy", "warp"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(EncoderError, match=f"does not run on {device} .*; choose another device") as caught:
+        load_encoder("small_audio", device)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_a_name_on_the_hub_without_network(monkeypatch, tmp_path):

@@ -494,6 +494,25 @@ def test_bad_video_stops_the_packing_or_is_skipped(tmp_path, folder, video):
     assert sorted(store) == ["-c_1", "a", "b"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_nobody_waits_for_a_pipe_in_place_of_ids(tmp_path):
+    path = save_packed(tmp_path, np.ones((2, 3)), ["a", "b"])
+    path.with_suffix(".json").unlink()
+    os.mkfifo(path.with_suffix(".json"))
+    with pytest.raises(DataError, match=r"\.json: is no JSON \(not a file\)"): pack(path, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("out", ["link", "."])
+def test_an_empty_folder_behind_a_link_or_the_one_we_are_in_takes_a_store(tmp_path, folder, monkeypatch, out):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".data.part").touch()        # of a killed run
+    (tmp_path / "link").symlink_to("empty", target_is_directory=True)
+    monkeypatch.chdir(tmp_path / ("empty" if out == "." else ""))
+    pack(folder, out).verify()
+    assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "empty").iterdir())) == 2
+
+
 def test_nothing_but_bad_videos(tmp_path):
     save_folder(tmp_path / "npy", {"a": np.full((1, 2), np.nan)})
     with pytest.raises(DataError, match="no features to pack; .*not finite"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -85,6 +86,20 @@ def test_odd_results_are_left_out(results):
     class Known: about, results = {}, {}
     Known.results = results
     assert results_table(Known) == "None are known."
+
+
+@pytest.mark.parametrize("about", [{"training": "abc"}, {"training": [1]}, {"val": 10**400}, {"data": "\ud800", "val": math.nan}])
+def test_odd_facts_leave_a_whole_folder(trained, tmp_path, about):
+    model = MCD.from_pretrained(trained)
+    model.about, model.results = about, {"test": {"a": {"micro": {"value": 10**400, "low": 0, "high": 1}}}}
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "README.md").is_file() and same(MCD.from_pretrained(tmp_path / "saved"), model)
+
+
+@pytest.mark.parametrize("where", ["x" * 5000, None, 3, b"x", "a/b/c"])
+def test_what_is_no_name_of_a_model_is_refused(where):
+    with pytest.raises(CheckpointError, match="give the folder of a checkpoint") as error: MCD.from_pretrained(where)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
 
 
 def test_plain_text_is_one_harmless_line():

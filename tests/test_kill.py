@@ -252,4 +252,4 @@ def test_a_folder_that_may_only_be_read(kind, below, base, only_to_read, tmp_pat
 def test_predictions_where_nothing_may_be_written(base, only_to_read, tmp_path):
     assert finish(TRAIN.format(base=base, out=tmp_path / "model").split()) == 0
     job = ["evaluate", str(base / "data"), "--checkpoint", str(tmp_path / "model"), "--out", str(only_to_read / "x.jsonl")]
-    refused(job, tmp_path / "errors", "x.jsonl: cannot be written (")
+    refused(job, tmp_path / "errors", "may only be read; give another folder")

@@ -239,10 +239,12 @@ def test_a_second_build_changes_nothing(built, encoders):
     assert before == {f: (built / f).stat().st_mtime_ns for f in before}
 
 
-@pytest.mark.parametrize("lost", ("feats/small_audio/00000004.npy", "videos/00000008.mp4"))
-def test_what_is_missing_is_made_again_alike(built, encoders, lost):
+@pytest.mark.parametrize("lost, left", [("feats/small_audio/00000004.npy", None), ("videos/00000008.mp4", None),
+                                        ("feats/small_visual/00000005.npy", 500), ("feats/small_audio/00000006.npy", 0)])
+def test_what_is_missing_or_damaged_is_made_again_alike(built, encoders, lost, left):
     content, before = (built / lost).read_bytes(), files(built)
-    (built / lost).unlink()
+    if left is None: (built / lost).unlink()
+    else: (built / lost).write_bytes(content[:left])
     build_sample_set(built, encoders, TINY, workers=0)
     assert files(built) == before
     if lost.endswith("npy"): assert (built / lost).read_bytes() == content

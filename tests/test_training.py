@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mcd_edu import training
 from mcd_edu.baselines.knowledge_distillation import TeacherCache
 from mcd_edu.data import DataError
 from mcd_edu.datasets import load_splits
@@ -462,6 +463,48 @@ def test_a_broken_progress_file_is_refused(splits, finished, tmp_path, spoil):
     assert "resume.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 
+def change_moments(change):
+    """Of the file that training goes on from."""
+    def apply(notes, tensors): return {key: change(key, tensor) for key, tensor in tensors.items()}
+    return apply
+
+
+def change_history(change):
+    def apply(notes, tensors):
+        change(notes["history"])
+        return tensors
+    return apply
+
+
+@pytest.mark.parametrize("spoil", [
+    change_moments(lambda key, x: x[:0].clone() if key.endswith("exp_avg") and x.ndim else x),
+    change_moments(lambda key, x: torch.zeros(1) if key.endswith(("exp_avg", "exp_avg_sq")) else x),
+    change_moments(lambda key, x: x.new_ones(4) if key.endswith(".step") else x),
+    change_moments(lambda key, x: x * torch.nan if key.endswith(".step") else x),
+    change_moments(lambda key, x: -x if key.endswith(".step") else x),
+    change_moments(lambda key, x: x * torch.inf if key == "optimizer.3.exp_avg" else x),
+    change_moments(lambda key, x: x - 1 if key == "optimizer.3.exp_avg_sq" else x),
+    lambda notes, tensors: {key: x for key, x in tensors.items() if key != "optimizer.0.exp_avg"},
+    lambda notes, tensors: {key: x for key, x in tensors.items() if not key.startswith("optimizer.")},
+    lambda notes, tensors: tensors | {"optimizer.999.exp_avg": torch.ones(2)},
+    lambda notes, tensors: tensors | {"optimizer.x": torch.ones(2)},
+    change_history(lambda history: history[0].update(val="x")), change_history(lambda history: history[0].update(val=None)),
+    change_history(lambda history: history[0].update(val=math.nan)), change_history(lambda history: history.append("x")),
+    change_history(lambda history: history.extend(history[:1])),
+])
+def test_a_bookmark_that_would_spoil_the_training_is_refused(splits, finished, tmp_path, spoil):
+    """An optimizer looks at no shape: it would read beyond its moments."""
+    path = copy_of(finished, tmp_path)
+    with safe_open(path / "resume.safetensors", "pt") as file:
+        notes, tensors = json.loads(file.metadata()["progress"]), {key: file.get_tensor(key) for key in file.keys()}
+    tensors = spoil(notes, tensors)
+    save_file(tensors, path / "resume.safetensors", {"progress": json.dumps(notes)})
+    before = contents(path)
+    with pytest.raises(CheckpointError, match="resume.safetensors: .*delete it to begin anew"):
+        train(tiny(splits["train"]), splits["train"], val=splits["val"], folder=path, config=CONFIG)
+    assert contents(path) == before
+
+
 def edit(**changes):
     """Change the model's part of a config.json."""
     def apply(content):
@@ -672,6 +715,21 @@ def test_a_bookmark_of_an_early_version_is_read(splits, finished, tmp_path):
     assert go(config=CONFIG) == finished[1]
     with pytest.raises(CheckpointError, match="training.precision: float32 there, bfloat16 here"):
         go(config=replace(CONFIG, precision="bfloat16"))
+
+
+def test_weights_spoilt_by_the_last_step_never_replace_a_good_epoch(splits, tmp_path, monkeypatch):
+    go = partial(train, tiny(splits["train"]), splits["train"], splits["val"], tmp_path, CONFIG)
+    def stop(history): raise Stop
+    with pytest.raises(Stop): go(on_epoch=stop)
+    before, real = contents(tmp_path), training.learn
+    def learn(step, *rest):
+        losses = real(step, *rest)
+        next(step.parameters()).data.flatten()[0] = torch.nan
+        return losses
+    monkeypatch.setattr(training, "learn", learn)
+    monkeypatch.setattr(training.Guard, "check", lambda *_: None)
+    with pytest.raises(ValueError, match="epoch 1: .* is not finite after the last step; lower learning_rate"): go()
+    assert contents(tmp_path) == before
 
 
 # Digests and devices ---------------------------------------------------------------------------

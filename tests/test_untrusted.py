@@ -6,6 +6,7 @@
 import ast
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from notebooks import run_notebook
 from mcd_edu.data import parse_question
 from mcd_edu.datasets import DATASETS, MAPPING, Naming, plain_name
 from mcd_edu.extraction import check_name as check_video
-from mcd_edu.features import DataError, FeatureFolder, check_name, data_file, read_index
+from mcd_edu.features import DataError, FeatureFolder, check_name, data_file, read_index, read_json
 from mcd_edu.media import write_json, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,6 +157,46 @@ def test_writing_follows_no_link(tmp_path):
     assert other.read_text() == "mine" and not list(tmp_path.glob(".*"))
 
 
+SLOW_WRITER = """
+import sys, time
+from pathlib import Path
+from mcd_edu.media import write_whole
+def write(draft):
+    with open(draft, "w") as file:
+        file.write("first, ")
+        file.flush()
+        print("halfway", flush=True)
+        time.sleep(float(sys.argv[2]))
+        file.write("whole")
+write_whole(Path(sys.argv[1]), write)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a draft that is open cannot be taken away there")
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_processes_never_share_a_draft(tmp_path, killed):
+    """The second waits for the first, or for its end; what has the name is whole at any time."""
+    path = tmp_path / "a.txt"
+    other = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, str(path), "60" if killed else "1.5"], text=True,
+                             stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert other.stdout.readline() == "halfway\n"
+    assert (tmp_path / ".a.txt.part").read_text() == "first, " and not path.exists()
+    if killed: other.kill()
+    seen = []
+    write_whole(path, lambda draft: (seen.append(path.exists() and path.read_text()), draft.write_text("second")))
+    assert seen == [False if killed else "first, whole"] and path.read_text() == "second"
+    assert (other.wait(30) == 0) != killed and [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="not a file"): read_json(tmp_path / "pipe.json")
+    (tmp_path / "large.json").write_text("[1, 2, 3]")
+    with pytest.raises(ValueError, match="more than 5 bytes"): read_json(tmp_path / "large.json", 5)
+    assert read_json(tmp_path / "large.json") == [1, 2, 3]
+
+
 # ---- nothing becomes markup
 
 EVIL = ["<script>evil()</script>", "</script><script>evil()</script>", "<img src=x onerror=evil()>", '"><svg onload="evil()">',
@@ -251,15 +292,16 @@ def peak():                      # MB; ru_maxrss would count the parent's memory
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 from mcd_edu.data import DataError, read_annotations
 from mcd_edu.features import open_features, read_feature
-from mcd_edu.inference import Answerer
+from mcd_edu.hub import CheckpointError
 from mcd_edu.media import MediaError, read_segments
+from mcd_edu.model import MCD
 before = peak()
 for name in sys.argv[1:]:
     path, start = Path(name), time.process_time()
-    readers = {".npy": read_feature, "": open_features, ".json": read_annotations}
+    readers = {".npy": read_feature, "": open_features, ".json": read_annotations, ".model": MCD.from_pretrained}
     read = readers.get(path.suffix, partial(read_segments, allow_missing=True))
     try: said = str(len(read(path)))
-    except (DataError, MediaError) as error: said = str(error)
+    except (DataError, MediaError, CheckpointError) as error: said = str(error)
     print(path.name, round(time.process_time() - start, 1), peak() - before, said, sep="|")
 """
 
@@ -306,6 +348,28 @@ def slow(path: Path) -> None:
         container.mux(sound.encode())
 
 
+def fine(path: Path) -> None:
+    """Less than a thousandth of a second, of more than a thousand million samples a second."""
+    data, rate = np.zeros(100_000, np.float32).tobytes(), 1_442_856_576
+    about = struct.pack("<HHIIHH", 3, 1, rate, 64_000, 4, 32)
+    path.write_bytes(b"RIFF" + struct.pack("<I", 28 + len(about) + len(data) - 8) + b"WAVEfmt " + struct.pack("<I", len(about))
+                     + about + b"data" + struct.pack("<I", len(data)) + data)
+
+
+def promise(folder: Path) -> None:
+    """A model with one tensor more, of a thousand million numbers: a hole, which takes no room on a disk."""
+    shutil.copytree(ROOT / "mcd_edu" / "weights" / "music_avqa", folder)
+    path = folder / "model.safetensors"
+    content, most = path.read_bytes(), 2**31
+    size = int.from_bytes(content[:8], "little")
+    data = content[8 + size:]
+    head = json.loads(content[8:8 + size]) | {"hole": {"dtype": "F16", "shape": [most // 2],
+                                                       "data_offsets": [len(data), len(data) + most]}}
+    text = json.dumps(head).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    os.truncate(path, 8 + len(text) + len(data) + most)
+
+
 def silence(path: Path, hours: float) -> None:
     """Hours of silence in a few kilobytes."""
     import av
@@ -326,6 +390,8 @@ def test_small_files_that_say_they_are_large(tmp_path):
     tracks(tmp_path / "tracks.mkv", 800)
     silence(tmp_path / "silence.flac", float(os.environ.get("SILENT_HOURS", 0.5)))
     slow(tmp_path / "slow.flac")
+    fine(tmp_path / "fine.wav")
+    promise(tmp_path / "promise.model")
     (tmp_path / "table.npy").write_bytes(npy((10**9, 10**6)))
     (tmp_path / "empty.npy").write_bytes(npy((10**18, 0)))
     (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04" + bytes(100))
@@ -334,8 +400,8 @@ def test_small_files_that_say_they_are_large(tmp_path):
         "format": "mcd_edu features", "version": 1, "encoder": "e", "dtype": "float32", "segment": [10**9],
         "sha256": "0" * 64, "videos": {"a": 10**15}}))
     (tmp_path / "deep.json").write_text("[" * 10**6)
-    names = ["pictures.avi", "growing.avi", "tracks.mkv", "silence.flac", "slow.flac", "table.npy", "empty.npy", "zip.npy",
-             "store", "deep.json"]
+    names = ["pictures.avi", "growing.avi", "tracks.mkv", "silence.flac", "slow.flac", "fine.wav", "table.npy", "empty.npy",
+             "zip.npy", "store", "deep.json", "promise.model"]
     assert all(path.stat().st_size < 4_000_000 for path in tmp_path.glob("*.*"))
     done = subprocess.run([sys.executable, "-c", BOMBS, *(tmp_path / name for name in names)], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)

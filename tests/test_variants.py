@@ -46,6 +46,11 @@ def test_names_of_runs_with_more_settings():
     (dict(variant="predicted types only", types=True), "leave out types"),
     (dict(aside=1.), "aside=1.0"), (dict(aside=-.1), "below 1"), (dict(per_video=-1), "at least one question"),
     (dict(options={"embed_dim": 8}), "a name of letters"), (dict(label="../x"), "label '../x'"),
+    (dict(clips=0), "clips=0"), (dict(clips=np.int64(3)), "clips is of kind int64; give int"),
+    (dict(seed=True), "seed is of kind bool"), (dict(types=1), "types is of kind int; give bool"),
+    (dict(aside="x"), "give float"), (dict(label=None), "label is of kind None"), (dict(training=[1]), "give dict"),
+    (dict(annotations="../data/json"), "annotations '../data/json'; give the plain name"),
+    (dict(label="x", options={1: 2}), "options is not made of names"), (dict(label="x", options={"head": [1]}), "options is not"),
 ])
 def test_runs_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message) as error:

@@ -17,6 +17,7 @@ import av
 import numpy as np
 from einops import rearrange
 
+from ..features import holds_features
 from ..media import claim_folder, open_media, save_array, work_through, write_json, write_whole
 from .actions import ACTIONS, FPS, KINDS, SIZE, ActionScene, render_frames, sample_scene
 
@@ -336,8 +337,8 @@ class ActionJob:
 def make_action_clip(
     job:ActionJob,
 ) -> None:
-    "From scene to features. What is there already is kept."
-    missing = job.features and not all(job.feature(kind).is_file() for kind in ("appearance", "motion"))
+    "From scene to features. What is there already, and whole, is kept."
+    missing = job.features and not all(holds_features(job.feature(kind)) for kind in ("appearance", "motion"))
     film = job.video is not None and not job.video.is_file()
     if not missing and not film: return
     frames = render_frames(job.scene)

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/02_samples/04_choices.ipynb #a40116c4
 from __future__ import annotations
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from random import Random
 
 import numpy as np
 
-from ..features import DataError, read_feature
+from ..features import DataError, read_feature, read_json
 from ..media import save_array, write_json
 from .pictures import INSTRUMENTS
 from .questions import alone_in_place, first_and_last, soloists
@@ -395,8 +394,8 @@ def read_scenes(
     "The scenes of one split of a sample set. DataError where there are none."
     if not path.is_file():
         raise DataError(f"{path}: no such file; build the sample set of MUSIC-AVQA first")
-    try: scenes = [Scene.from_json(record) for record in json.loads(path.read_text("utf-8"))]
-    except (TypeError, ValueError, KeyError, RecursionError) as error:
+    try: scenes = [Scene.from_json(record) for record in read_json(path)]
+    except (TypeError, ValueError, KeyError) as error:
         raise DataError(f"{path}: holds no scenes ({error}); build the sample set again") from error
     if not scenes: raise DataError(f"{path}: holds no scenes; build the sample set again")
     return scenes

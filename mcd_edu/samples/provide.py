@@ -5,17 +5,18 @@
 # %% ../../nbs/04c_provide.ipynb #39931b7e
 from __future__ import annotations
 import hashlib
-import json
 import os
 from inspect import getfile
 from pathlib import Path
 
+from ..features import read_json
 from .action_set import build_action_set
 from .choices import build_choice_set
 from .sample_set import SampleSetConfig, build_sample_set
 
 # %% auto #0
-__all__ = ['SETS', 'FEW', 'HOME', 'sample_config', 'fingerprints', 'check_samples', 'make_samples', 'provide_samples']
+__all__ = ['SETS', 'FEW', 'HOME', 'sample_config', 'fingerprints', 'published', 'published_name', 'check_samples', 'make_samples',
+           'provide_samples']
 
 # %% ../../nbs/04c_provide.ipynb #738d2383
 SETS = ("music_avqa", "avqa", "msvd_qa", "msrvtt_qa")
@@ -23,9 +24,11 @@ FEW = 300                                        # clips where a smaller set wil
 HOME = Path(getfile(SampleSetConfig)).parents[1]  # of the package
 
 def sample_config(
-    clips:int,               # in all, 15 or more
+    clips:int,               # in all, 15 to a million
 ) -> SampleSetConfig:        # 12 of 15 to train on, 1 to choose on, 2 to test on
-    "A sample set of another size, split like the shipped one of 3000 clips."
+    "A sample set of another size, split like the shipped one of 3000 clips. ValueError: of no such size."
+    if not isinstance(clips, int) or not 15 <= clips <= 10**6:
+        raise ValueError("clips: give a whole number from 15 to 1000000")
     num_test, num_val = round(2 * clips / 15), round(clips / 15)
     return SampleSetConfig(num_train=clips - num_test - num_val, num_val=num_val, num_test=num_test)
 
@@ -40,13 +43,23 @@ def fingerprints(
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in files}
 
+def published() -> dict[str, dict[str, str]]:   # set → file → sha256
+    "Checksums of the sets as they were published."
+    return read_json(HOME / "samples" / "fingerprints.json")
+
+def published_name(
+    folder:str|Path,         # of a sample set
+) -> str|None:               # such as "music_avqa-300"
+    "Which of the published sets this is; None if it is another."
+    found = fingerprints(folder)
+    return next((name for name, wanted in published().items() if wanted == found), None)
+
 def check_samples(
     folder:str|Path,         # of a sample set
     name:str,                # such as "msvd_qa", or with its number of clips "music_avqa-300"
 ) -> int:                    # files compared; 0: nothing is known of such a set
     "ValueError unless the annotations are, to the byte, those that were published."
-    published = json.loads((HOME / "samples" / "fingerprints.json").read_text(encoding="utf-8"))
-    wanted, found = published.get(name, {}), fingerprints(folder)
+    wanted, found = published().get(name, {}), fingerprints(folder)
     if odd := [file for file in wanted if found.get(file) != wanted[file]]:
         raise ValueError(f"{folder}: {odd[0]} is not what {name} should hold ({len(odd)} of "
                          f"{len(wanted)} files differ or are missing); delete the folder and make it again")
@@ -58,17 +71,24 @@ def make_samples(
     name:str="music_avqa",   # one of `SETS`
     clips:int=FEW,           # in all; MSVD-QA's and MSRVTT-QA's sets always have 450
     workers:int=2,           # processes beside this one; 0: none
+    source:str|Path|None=None,  # for avqa: a set of music_avqa; None: made beside `folder`, or found there
 ) -> int:                    # files compared with what was published
-    "Make a sample set, or what is missing of it, and check it. ValueError: unknown name, or not as it should be."
-    folder = Path(folder)
+    "Make a sample set, or what is missing of it, and check it. ValueError: wrong options, or not as it should be."
+    folder, config = Path(folder), sample_config(clips)
     if name not in SETS: raise ValueError(f"no sample set {name!r}; choose one of {', '.join(SETS)}")
+    if not isinstance(workers, int) or workers < 0:
+        raise ValueError(f"workers={workers!r}; give a whole number of processes, 0 for none beside this one")
     if name in ("msvd_qa", "msrvtt_qa"):
         build_action_set(folder, name, workers=workers)
         return check_samples(folder, name)
-    source = folder if name == "music_avqa" else folder.with_name(f"music_avqa-{clips}")
-    build_sample_set(source, HOME / "weights" / "encoders", sample_config(clips), workers=workers)
-    if name == "avqa": build_choice_set(folder, source)
-    return check_samples(folder, f"{name}-{clips}")
+    if name == "music_avqa":
+        build_sample_set(folder, HOME / "weights" / "encoders", config, workers=workers)
+        return check_samples(folder, f"music_avqa-{clips}")
+    if source is None:
+        source = folder.with_name(f"music_avqa-{clips}")
+        make_samples(source, clips=clips, workers=workers)
+    build_choice_set(folder, source)
+    return check_samples(folder, str(published_name(source)).replace("music_", ""))
 
 # %% ../../nbs/04c_provide.ipynb #6c947c42
 def provide_samples(

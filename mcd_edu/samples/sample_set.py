@@ -15,6 +15,7 @@ from random import Random
 import torch
 
 from ..encoders import encode_segments, load_encoders
+from ..features import holds_features
 from ..media import claim_folder, read_segments, save_array, work_through, write_json, write_video
 from .pictures import INSTRUMENTS
 from .questions import TEMPLATES, Candidate, choose_questions
@@ -127,9 +128,9 @@ cached_bank, cached_encoders = lru_cache(load_bank), lru_cache(load_encoders)
 def make_clip(
     job:ClipJob,
 ) -> None:
-    "From scene to features by way of a real mp4. What is there already is kept."
+    "From scene to features by way of a real mp4. What is there already, and whole, is kept."
     files = [job.features(kind) for kind in ("visual", "audio")]
-    done = all(file.is_file() for file in files)
+    done = all(map(holds_features, files))
     if (not done or job.keep_video) and not job.video.is_file():
         waveform = render_waveform(job.scene, cached_bank(job.assets))
         write_video(job.video, render_frames(job.scene), waveform, FPS)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from ..features import read_json
 from ..media import open_media
 from .pictures import INSTRUMENTS, NUM_VARIANTS
 
@@ -336,11 +337,11 @@ def read_bank(
                                 "make them with build_note_bank, or use SynthBank()")
     samples = read_flac(audio)
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
         sha256, rate, index = about["sha256"], about["sample_rate"], about["notes"]
         last = max(start + length for name in INSTRUMENTS for variant in range(NUM_VARIANTS)
                    for start, length in index[name][variant])
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is not the index of a note bank ({error!r}): "
                          "fetch it again, or make it with build_note_bank") from error
     if rate != SAMPLE_RATE or sha256 != digest(samples) or last > len(samples):
