@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 __all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'MOST_SOUND', 'FINEST_SOUND', 'LOUDEST',
            'CUT_SECONDS', 'FORMATS', 'STAND_IN', 'MOST_BOXES', 'MediaError', 'Segments', 'segment_starts', 'writing',
            'sole_writer', 'check_file', 'write_whole', 'write_tensors', 'read_tensors', 'write_json', 'save_array',
-           'claim_folder', 'start_worker', 'work_through', 'write_video', 'encode_mp4', 'FrameCollector',
+           'claim_folder', 'sole_user', 'start_worker', 'work_through', 'write_video', 'encode_mp4', 'FrameCollector',
            'SoundCollector', 'open_media', 'is_cut', 'check_tracks', 'first_moment', 'missing', 'check_whole',
            'packets', 'collect', 'read_segments']
 
@@ -184,6 +184,27 @@ def claim_folder(
                          "delete that folder or choose another one")
     note = json.dumps(origin, indent=1) + "\n"
     write_whole(path, lambda draft: draft.write_text(note, encoding="utf-8"))
+
+@contextmanager
+def sole_user(
+    folder:Path,             # is made, and goes again if nothing comes of it
+) -> Iterator[None]:
+    "OSError while another run works in the folder. (Windows and some network disks cannot tell.)"
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    try: from fcntl import LOCK_EX, LOCK_NB, flock
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try: flock(handle, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"{folder}: another run works there; wait until it has ended, or choose another folder") from None
+        except OSError: pass             # no locks here
+        try: yield
+        finally:
+            with suppress(OSError): folder.rmdir()
+    finally: os.close(handle)
 
 # %% ../nbs/01_media.ipynb #7b1e0c02
 def start_worker(

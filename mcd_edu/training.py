@@ -8,6 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from .data import MUSIC_AVQA, AVQADataset, DataError, Schema, VideoBatch, Vocabu
 from .datasets import schema_from_json, schema_to_json
 from .devices import Feed, Share, Team, each
 from .hub import CheckpointError, fingerprint, read_checkpoint, write_checkpoint
-from .media import save_array, write_tensors
+from .media import save_array, sole_user, write_tensors
 from .model import Answer
 from .models import MODELS, build, kind_of
 from .samples.pictures import INSTRUMENTS
@@ -473,7 +474,8 @@ def train(
     compile:str|None=None,   # a backend of torch.compile, such as inductor
 ) -> list[dict]:             # history: a dictionary an epoch
     """Train a model and keep the best epoch on val; what was stopped goes on where it was.
-    CheckpointError: the folder holds another training. ValueError: a loss is not finite."""
+    CheckpointError: the folder holds another training. OSError: one is under way there, or it
+    cannot be written to. ValueError: a loss is not finite."""
     team = Team.find(device)
     torch.manual_seed(config.seed)
     model = build(model_config)
@@ -485,23 +487,24 @@ def train(
                 "data": dataset_digest(data), "val": dataset_digest(val),
                 "teacher": teacher and teacher.teacher}
     progress = Progress(folder, settings)
-    history = progress.load(model, optimizer)
-    check_together(team, len(history), folder)
-    learned, chosen = Feed(data, team), Feed(val, team)
-    step = team.wrap(Step(model, team, config.precision, compile))
-    start, end = len(history), config.epochs
-    bar = tqdm(range(start, end), initial=start, total=end, unit="epoch",
-               disable=not (show_progress and team.main))
-    for epoch in bar:
-        losses = train_epoch(model, learned, optimizer, config, epoch, device, step)
-        history.append({"epoch": epoch, **losses, "val": accuracy(model, chosen, device)})
-        if not team.main: continue
-        bar.set_postfix(loss=f"{losses['total']:.3f}", val=f"{history[-1]['val']:.3f}")
-        if history[-1]["val"] >= max(entry["val"] for entry in history):
-            notes = {"keywords": keywords(data), "schema": schema_to_json(data.schema), **(about or {}),
-                     "training": asdict(config), **history[-1]}
-            save_checkpoint(folder, model, data.vocabulary, notes)
-        progress.save(model, optimizer, history)
-        if on_epoch: on_epoch(history)
-    team.wait()              # until the files are there
+    with sole_user(Path(folder)) if team.main else nullcontext():
+        history = progress.load(model, optimizer)
+        check_together(team, len(history), folder)
+        learned, chosen = Feed(data, team), Feed(val, team)
+        step = team.wrap(Step(model, team, config.precision, compile))
+        start, end = len(history), config.epochs
+        bar = tqdm(range(start, end), initial=start, total=end, unit="epoch",
+                   disable=not (show_progress and team.main))
+        for epoch in bar:
+            losses = train_epoch(model, learned, optimizer, config, epoch, device, step)
+            history.append({"epoch": epoch, **losses, "val": accuracy(model, chosen, device)})
+            if not team.main: continue
+            bar.set_postfix(loss=f"{losses['total']:.3f}", val=f"{history[-1]['val']:.3f}")
+            if history[-1]["val"] >= max(entry["val"] for entry in history):
+                notes = {"keywords": keywords(data), "schema": schema_to_json(data.schema), **(about or {}),
+                         "training": asdict(config), **history[-1]}
+                save_checkpoint(folder, model, data.vocabulary, notes)
+            progress.save(model, optimizer, history)
+            if on_epoch: on_epoch(history)
+        team.wait()          # until the files are there
     return history

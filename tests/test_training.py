@@ -315,6 +315,30 @@ def test_stopped_after_any_epoch_and_resumed(splits, finished, tmp_path, epochs)
     assert contents(tmp_path) == contents(finished[0])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders there")
+def test_one_training_at_a_time(splits, finished, tmp_path):
+    """A second one in the same folder is refused, and the first does not notice."""
+    folder, tried = tmp_path / "deep" / "model", []
+    go = partial(train, tiny(splits["train"]), splits["train"], val=splits["val"], folder=folder, config=CONFIG)
+
+    def begin_another(history):
+        with pytest.raises(OSError, match="model: another run works there; wait until it has ended"):
+            go()
+        tried.append(len(history))
+    assert go(on_epoch=begin_another) == finished[1] and tried == [1, 2, 3, 4]
+    assert contents(folder) == contents(finished[0])
+    assert go() == finished[1]  # free again
+
+
+def test_a_folder_where_nothing_was_trained_goes_again(splits, tmp_path, monkeypatch):
+    def fails(*args):
+        raise Stop
+    monkeypatch.setattr(MCD, "losses", fails)
+    with pytest.raises(Stop):
+        train(tiny(splits["train"]), splits["train"], splits["val"], tmp_path / "model", CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("stage", ["checkpoint", "progress", "mid-epoch"])
 def test_stopped_inside_an_epoch_and_resumed(splits, finished, tmp_path, monkeypatch, stage):
     """After the checkpoint but before the progress file; while writing; between two steps."""
