@@ -281,10 +281,11 @@ def test_finished_videos_are_not_read_again(videos, tmp_path, monkeypatch):
 def test_damaged_features_are_made_again(videos, tmp_path):
     run(videos, tmp_path)
     good, bad = sorted((tmp_path / "feats" / "small_visual").glob("*.npy"))[:2]
-    content, times = bad.read_bytes(), good.stat().st_mtime_ns
-    bad.write_bytes(content[:50])
+    whole, time = features(tmp_path), good.stat().st_mtime_ns
+    bad.write_bytes(bad.read_bytes()[:50])
     report = run(videos, tmp_path)
-    assert report.done == (bad.stem,) and bad.read_bytes() == content and good.stat().st_mtime_ns == times
+    assert report.done == (bad.stem,) and good.stat().st_mtime_ns == time
+    same(features(tmp_path), whole)  # alone or beside others: some processors round the last bit otherwise
 
 
 def test_another_encoder_is_added_alone(videos, tmp_path):

@@ -185,7 +185,7 @@ def test_two_processes_never_share_a_draft(tmp_path, killed):
     seen = []
     write_whole(path, lambda draft: (seen.append(path.exists() and path.read_text()), draft.write_text("second")))
     assert seen == [False if killed else "first, whole"] and path.read_text() == "second"
-    assert (other.wait(30) == 0) != killed and [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    assert (other.wait(120) == 0) != killed and [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
