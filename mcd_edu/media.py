@@ -24,6 +24,11 @@ import av
 import numpy as np
 from tqdm.auto import tqdm
 
+try:
+    import fcntl
+except ImportError:                  # Windows
+    fcntl = None
+
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'MOST_SOUND', 'FINEST_SOUND', 'LOUDEST',
            'CUT_SECONDS', 'FORMATS', 'STAND_IN', 'MOST_BOXES', 'MediaError', 'Segments', 'segment_starts', 'writing',
@@ -85,9 +90,7 @@ def sole_writer(
     draft:Path,              # of a file
 ) -> Iterator[None]:
     "One process at a time writes a draft, the others wait; what a killed run has left, or a link that leads elsewhere, goes."
-    try:
-        from fcntl import LOCK_EX, flock
-    except ImportError:              # Windows removes no file that another process writes
+    if fcntl is None:                # Windows removes no file that another process writes
         draft.unlink(missing_ok=True)
         yield
         return
@@ -98,7 +101,7 @@ def sole_writer(
             if not S_ISREG(found.st_mode) or found.st_nlink > 1: draft.unlink()
         file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            with suppress(OSError): flock(file, LOCK_EX)             # some network disks have no locks
+            with suppress(OSError): fcntl.flock(file, fcntl.LOCK_EX)     # some network disks have no locks
             with suppress(FileNotFoundError): mine = os.path.samestat(os.fstat(file), draft.stat())
             if mine:                 # and not one that its writer has renamed while this one waited
                 os.ftruncate(file, 0)
@@ -191,13 +194,12 @@ def sole_user(
 ) -> Iterator[None]:
     "OSError while another run works in the folder. (Windows and some network disks cannot tell.)"
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
-    try: from fcntl import LOCK_EX, LOCK_NB, flock
-    except ImportError:
+    if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try: flock(handle, LOCK_EX | LOCK_NB)
+        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"{folder}: another run works there; wait until it has ended, or choose another folder") from None
         except OSError: pass             # no locks here
