@@ -97,15 +97,20 @@ class Team:
     def find(cls,
         device:str="cpu",    # as in `find_device`; a process of several has a GPU of its own
     ) -> Team:
-        "Join the others, if a launcher started some. ValueError: no such device, no Accelerate."
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1: return cls(find_device(device))
+        "Join the others, if a launcher started some. ValueError: no such device, no Accelerate, no way to join."
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world == 1: return cls(find_device(device))
         try:
             from accelerate import Accelerator, DistributedDataParallelKwargs
         except ImportError as error:
             raise ValueError(f"several processes need the library accelerate ({error}); "
                              'pip install "mcd_edu[devices]", or start one process') from error
         options = DistributedDataParallelKwargs(static_graph=True)
-        joined = Accelerator(mixed_precision="no", cpu=device == "cpu", kwargs_handlers=[options])
+        cpu = device == "cpu" or device == "auto" and not torch.cuda.is_available()
+        joined = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[options])
+        if joined.num_processes != world:
+            raise ValueError(f"device {device!r}: {world} processes were started, but work alone there; "
+                             "choose cpu, or start one process")
         if device != "auto" and joined.device.type != device.split(":")[0]:
             raise ValueError(f"device {device!r}: this process of several has {joined.device}; "
                              "choose cpu, or auto for the GPU if there is one")

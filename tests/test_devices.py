@@ -200,14 +200,15 @@ def environment() -> dict:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
 
 
-def torchrun(*arguments, processes=2) -> None:
-    """Start processes as a person would."""
+def torchrun(*arguments, processes=2) -> str:
+    """Start processes as a person would; what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
     done = subprocess.run([*start, *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +269,8 @@ def test_the_command_line_trains_with_two_processes(folder, tmp_path):
     pytest.importorskip("accelerate")
     options = ["train", folder, "--epochs", "1", "--option", "embed_dim=16", "--option", "dropout=0"]
     cli = "from mcd_edu.cli import main; main()"
-    torchrun("--no-python", sys.executable, "-c", cli, *options, "--out", tmp_path / "two")
+    said = torchrun("--no-python", sys.executable, "-c", cli, *options, "--out", tmp_path / "two")
+    assert said.count("the checkpoint is in") == 1  # and not one training beside the other
     subprocess.run([sys.executable, "-c", cli, *options, "--out", tmp_path / "one"], check=True, env=environment(),
                    capture_output=True, timeout=120)
     one, two = (json.loads((tmp_path / name / "config.json").read_text())["about"] for name in ("one", "two"))
