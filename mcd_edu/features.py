@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 __all__ = ['PLAIN_NAME', 'NOTE', 'DTYPES', 'FORMAT', 'VERSION', 'INDEX', 'STORE_FILES', 'KEYS', 'DataError', 'open_array',
            'with_segments', 'holds_features', 'to_float32', 'over_frames', 'read_feature', 'Features', 'check_name',
            'read_json', 'read_beside', 'read_note', 'FeatureFolder', 'read_rows', 'PackedArray', 'missing', 'to_bytes',
-           'data_file', 'prepare_folder', 'clean_folder', 'write_index', 'write_data', 'pack_features', 'pack_array',
-           'is_whole', 'read_index', 'FeatureStore', 'hash_file', 'digest', 'open_features', 'stack_features',
-           'with_features']
+           'data_file', 'sole_user', 'check_folder', 'clean_folder', 'write_index', 'write_data', 'pack_features',
+           'pack_array', 'is_whole', 'read_index', 'FeatureStore', 'hash_file', 'digest', 'open_features',
+           'stack_features', 'with_features']
 
 # %% ../nbs/00_features.ipynb #606481be
 class DataError(ValueError):
@@ -318,24 +318,43 @@ def data_file(
     "Where the numbers of a store lie; other content has another name."
     return folder / f"data-{sha256[:16]}.bin"
 
-def prepare_folder(
+@contextmanager
+def sole_user(
+    folder:Path,             # is made where it is missing, and goes again if nothing comes of it
+) -> Iterator[None]:
+    "OSError while another run works in the folder (Windows and some network disks cannot tell), or where it cannot be."
+    new = not folder.exists()
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written ({error.strerror}); make room there, or choose another folder") from error
+    with ExitStack() as at_the_end:
+        if os.name == "posix":
+            from fcntl import LOCK_EX, LOCK_NB, flock
+            handle = os.open(folder, os.O_RDONLY)
+            at_the_end.callback(os.close, handle)
+            try: flock(handle, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"{folder}: another run works there; wait until it has ended, or choose another folder") from None
+            except OSError: pass
+        try: yield
+        finally:
+            if new:
+                with suppress(OSError): folder.rmdir()   # it is not empty, as a rule
+
+def check_folder(
     folder:Path,             # where a store is to be
 ) -> None:
-    "Make the folder; sweep out drafts of a killed run. DataError where other files lie in it."
-    for file in folder.iterdir() if folder.exists() else ():
+    "DataError where other files lie in it."
+    for file in folder.iterdir():
         if not STORE_FILES.fullmatch(file.name):
             raise DataError(f"{folder}: holds {file.name}; give the store a folder of its own")
-    clean_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
 
 def clean_folder(
     folder:Path,             # of a store, whole or not
 ) -> None:
-    "Drop drafts, data that no index has come to name, and the folder if nothing is left in it."
+    "Drop drafts, and data that no index has come to name."
     loose = [] if (folder / INDEX).is_file() else folder.glob("data-*.bin")
     for file in (*folder.glob(".*.part"), *loose): file.unlink(missing_ok=True)
-    if folder.is_symlink(): return
-    with suppress(OSError): folder.rmdir()       # not empty, or the folder one is in
 
 def write_index(
     folder:Path,             # of the store
@@ -404,17 +423,19 @@ def pack_features(
     over_frames(np.empty((1, 1)), frames)           # a ValueError before anything is written
     draft = out / ".data.part"
     note = {"format": FORMAT, "version": VERSION, "encoder": encoder, "dtype": dtype}
-    try:
-        prepare_folder(out)
+    with sole_user(out):
         try:
-            bar = tqdm(videos, unit="video", disable=not show_progress)
-            index = write_data(source, draft, bar, dtype, frames, skip_bad)
-            os.replace(draft, data_file(out, index["sha256"]))
-            write_index(out, note | index)
-        finally: clean_folder(out)
-    except OSError as error:
-        raise OSError(f"{out}: cannot be written ({error.strerror or error}); make room there, or "
-                      "choose another folder") from error
+            check_folder(out)
+            clean_folder(out)
+            try:
+                bar = tqdm(videos, unit="video", disable=not show_progress)
+                index = write_data(source, draft, bar, dtype, frames, skip_bad)
+                os.replace(draft, data_file(out, index["sha256"]))
+                write_index(out, note | index)
+            finally: clean_folder(out)
+        except OSError as error:
+            raise OSError(f"{out}: cannot be written ({error.strerror or error}); make room there, or "
+                          "choose another folder") from error
     return FeatureStore(out)
 
 def pack_array(

@@ -24,16 +24,11 @@ import av
 import numpy as np
 from tqdm.auto import tqdm
 
-try:
-    import fcntl
-except ImportError:                  # Windows
-    fcntl = None
-
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'FRAMES_PER_SEGMENT', 'FRAME_SIZE', 'MAX_PIXELS', 'MOST_SOUND', 'FINEST_SOUND', 'LOUDEST',
            'CUT_SECONDS', 'FORMATS', 'STAND_IN', 'MOST_BOXES', 'MediaError', 'Segments', 'segment_starts', 'writing',
            'sole_writer', 'check_file', 'write_whole', 'write_tensors', 'read_tensors', 'write_json', 'save_array',
-           'claim_folder', 'sole_user', 'start_worker', 'work_through', 'write_video', 'encode_mp4', 'FrameCollector',
+           'claim_folder', 'start_worker', 'work_through', 'write_video', 'encode_mp4', 'FrameCollector',
            'SoundCollector', 'open_media', 'is_cut', 'check_tracks', 'first_moment', 'missing', 'check_whole',
            'packets', 'collect', 'read_segments']
 
@@ -90,10 +85,11 @@ def sole_writer(
     draft:Path,              # of a file
 ) -> Iterator[None]:
     "One process at a time writes a draft, the others wait; what a killed run has left, or a link that leads elsewhere, goes."
-    if fcntl is None:                # Windows removes no file that another process writes
+    if os.name != "posix":           # Windows removes no file that another process writes
         draft.unlink(missing_ok=True)
         yield
         return
+    from fcntl import LOCK_EX, flock
     mine = False
     while not mine:
         with suppress(FileNotFoundError):
@@ -101,7 +97,7 @@ def sole_writer(
             if not S_ISREG(found.st_mode) or found.st_nlink > 1: draft.unlink()
         file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            with suppress(OSError): fcntl.flock(file, fcntl.LOCK_EX)     # some network disks have no locks
+            with suppress(OSError): flock(file, LOCK_EX)             # some network disks have no locks
             with suppress(FileNotFoundError): mine = os.path.samestat(os.fstat(file), draft.stat())
             if mine:                 # and not one that its writer has renamed while this one waited
                 os.ftruncate(file, 0)
@@ -187,26 +183,6 @@ def claim_folder(
                          "delete that folder or choose another one")
     note = json.dumps(origin, indent=1) + "\n"
     write_whole(path, lambda draft: draft.write_text(note, encoding="utf-8"))
-
-@contextmanager
-def sole_user(
-    folder:Path,             # is made, and goes again if nothing comes of it
-) -> Iterator[None]:
-    "OSError while another run works in the folder. (Windows and some network disks cannot tell.)"
-    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"{folder}: another run works there; wait until it has ended, or choose another folder") from None
-        except OSError: pass             # no locks here
-        try: yield
-        finally:
-            with suppress(OSError): folder.rmdir()
-    finally: os.close(handle)
 
 # %% ../nbs/01_media.ipynb #7b1e0c02
 def start_worker(

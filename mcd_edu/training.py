@@ -22,8 +22,9 @@ from .baselines.knowledge_distillation import TeacherCache
 from .data import MUSIC_AVQA, AVQADataset, DataError, Schema, VideoBatch, Vocabulary
 from .datasets import schema_from_json, schema_to_json
 from .devices import Feed, Share, Team, each
+from .features import sole_user
 from .hub import CheckpointError, fingerprint, read_checkpoint, write_checkpoint
-from .media import save_array, sole_user, write_tensors
+from .media import save_array, write_tensors
 from .model import Answer
 from .models import MODELS, build, kind_of
 from .samples.pictures import INSTRUMENTS

@@ -456,6 +456,23 @@ def test_a_store_is_packed_anew(tmp_path, folder, store):
     assert itself.sha256 == store.sha256
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders there")
+def test_one_conversion_at_a_time(tmp_path, folder, store):
+    """A second one in the same folder is refused, and spoils neither the first nor what stood there."""
+    tried = []
+
+    class Watched(FeatureFolder):
+        def __getitem__(self, video):
+            with pytest.raises(OSError, match="store: another run works there; wait until it has ended"):
+                pack(folder, store.path, "another")
+            tried.append(video)
+            return super().__getitem__(video)
+    again = pack(Watched(folder), store.path, "second", dtype="float32")
+    assert tried == again.videos and again.encoder == "second" and len(list(store.path.iterdir())) == 2
+    again.verify()
+    pack(folder, store.path, "third").verify()  # free again
+
+
 def test_other_files_are_left_alone(tmp_path, folder):
     before = {file: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(DataError, match=r"holds .*\.npy; give the store a folder of its own"):
