@@ -16,6 +16,8 @@ NOTEBOOK    = PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/python tools/notebooks.
 WORKERS     ?= 2
 DEVICE      ?= cpu
 PYTEST_ARGS ?=
+# a machine may stand still for minutes: what ran out of time, and that alone, is run once more
+AGAIN        = --reruns 1 --only-rerun 'Timeout(Error|Expired)'
 FUZZED       := annotations features media questions
 FUZZ_SECONDS ?= 3600
 # nbdev leaves one blank line after the imports of a module, and none after `from __future__`
@@ -39,7 +41,7 @@ demo: env  ## train on the shipped clips, then ask about one of them
 	$(BIN)/mcd-edu answer $(CLIP) $(QUESTIONS) --checkpoint $(CHECKPOINT)
 
 test: lint  ## run every check: lint, tests, each notebook from a fresh kernel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(AGAIN) $(PYTEST_ARGS)
 
 long: env  ## the checks that `make test` keeps short, at full length: kills, an hour of film, hours of silence
 	KILLS=20 LONG_MINUTES=60 SILENT_HOURS=8 $(BIN)/python -m pytest tests/test_kill.py tests/test_long_video.py tests/test_untrusted.py
