@@ -21,8 +21,8 @@ from .features import PLAIN_NAME, DataError, read_json, stack_features
 
 # %% auto #0
 __all__ = ['ANSWERS', 'QUESTION_TYPES', 'MUSIC_AVQA', 'PLACEHOLDER', 'Question', 'Schema', 'fill_placeholders', 'unpack',
-           'parse_question', 'read_annotations', 'tokenize', 'text_objects', 'Vocabulary', 'group_by_video', 'trim',
-           'VideoBatch', 'AVQADataset']
+           'parse_question', 'read_records', 'read_annotations', 'tokenize', 'text_objects', 'Vocabulary',
+           'group_by_video', 'trim', 'VideoBatch', 'AVQADataset']
 
 # %% ../nbs/00_data.ipynb #d17d7819
 ANSWERS = (  # the 42 answers in the order that published MUSIC-AVQA models use
@@ -122,6 +122,17 @@ def parse_question(
     return Question(number, video_id, text, question_type, values, answer)
 
 # %% ../nbs/00_data.ipynb #997779b5
+def read_records(
+    path:Path,               # an annotation file
+) -> list:                   # whatever its entries are
+    "What an annotation file lists. DataError: it is no list in JSON."
+    try: records = read_json(path)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: not JSON ({error}); download it again") from error
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected a list of records; is it the right file?")
+    return records
+
 def read_annotations(
     path:str|Path,           # avqa-train.json, avqa-val.json or avqa-test.json
     skip_bad:bool=False,     # leave out records that cannot be used, and warn how many
@@ -131,12 +142,7 @@ def read_annotations(
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file; check the data folder")
-    try: records = read_json(path)
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of records; is it the right file?")
-    questions, bad = {}, []
+    records, questions, bad = read_records(path), {}, []
     for i, record in enumerate(records):
         try:
             if not isinstance(record, dict): raise ValueError("is not a record")

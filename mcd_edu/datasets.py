@@ -20,11 +20,12 @@ from mcd_edu.data import (
     Vocabulary,
     parse_question,
     read_annotations,
+    read_records,
     tokenize,
     unpack,
 )
 
-from .features import PLAIN_NAME, open_features, read_json, with_features
+from .features import PLAIN_NAME, open_features, with_features
 
 # %% auto #0
 __all__ = ['MAPPING', 'NO_ID', 'RELATIONS', 'KINDS', 'AVQA_TYPES', 'FIRST_WORDS', 'FIRST_WORD_TYPES', 'QA_FILES', 'QA_FOLDERS',
@@ -289,12 +290,7 @@ def first_record(
     path:Path,               # an annotation file
 ) -> dict:                   # empty where there is none
     "DataError: the file is not a list in JSON."
-    try: records = read_json(path)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of records; is it the right file?")
-    return next((record for record in records if isinstance(record, dict)), {})
+    return next((record for record in read_records(path) if isinstance(record, dict)), {})
 
 def detect(
     folder:str|Path,         # of a dataset

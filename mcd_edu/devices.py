@@ -20,7 +20,8 @@ from .data import AVQADataset, VideoBatch
 from .layers import KeysValues
 
 # %% auto #0
-__all__ = ['in_short', 'find_device', 'shares', 'Gather', 'each', 'Team', 'has_room', 'send', 'take_rows', 'Share', 'Feed']
+__all__ = ['in_short', 'device_name', 'find_device', 'shares', 'Gather', 'each', 'Team', 'has_room', 'send', 'take_rows', 'Share',
+           'Feed']
 
 # %% ../nbs/09c_devices.ipynb #02d7c5c1
 def in_short(
@@ -31,11 +32,17 @@ def in_short(
     first = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".:")
     return shorten(first or type(error).__name__, longest, placeholder=" ...")
 
+def device_name(
+    name:str,                # such as cpu, cuda or cuda:1; auto: the GPU if there is one
+) -> str:
+    "What auto means here; any other name as it is."
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
 def find_device(
-    name:str="auto",         # such as cpu, cuda or cuda:1; auto: the GPU if there is one
+    name:str="auto",         # as in `device_name`
 ) -> torch.device:
     "A device that is there. ValueError: it is not."
-    if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = device_name(name)
     try:
         torch.zeros(1, device=name).item()       # one that can compute
         return torch.device(name)
@@ -95,7 +102,7 @@ class Team:
 
     @classmethod
     def find(cls,
-        device:str="cpu",    # as in `find_device`; a process of several has a GPU of its own
+        device:str="cpu",    # as in `device_name`; a process of several has a GPU of its own
     ) -> Team:
         "Join the others, if a launcher started some. ValueError: no such device, no Accelerate, no way to join."
         world = int(os.environ.get("WORLD_SIZE", 1))
@@ -105,13 +112,12 @@ class Team:
         except ImportError as error:
             raise ValueError(f"several processes need the library accelerate ({error}); "
                              'pip install "mcd_edu[devices]", or start one process') from error
-        options = DistributedDataParallelKwargs(static_graph=True)
-        cpu = device == "cpu" or device == "auto" and not torch.cuda.is_available()
-        joined = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[options])
+        options, device = DistributedDataParallelKwargs(static_graph=True), device_name(device)
+        joined = Accelerator(mixed_precision="no", cpu=device == "cpu", kwargs_handlers=[options])
         if joined.num_processes != world:
             raise ValueError(f"device {device!r}: {world} processes were started, but work alone there; "
                              "choose cpu, or start one process")
-        if device != "auto" and joined.device.type != device.split(":")[0]:
+        if joined.device.type != device.split(":")[0]:
             raise ValueError(f"device {device!r}: this process of several has {joined.device}; "
                              "choose cpu, or auto for the GPU if there is one")
         return cls(joined.device, joined.process_index, joined.num_processes, joined)

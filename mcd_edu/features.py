@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 __all__ = ['PLAIN_NAME', 'NOTE', 'DTYPES', 'FORMAT', 'VERSION', 'INDEX', 'STORE_FILES', 'KEYS', 'DataError', 'open_array',
            'with_segments', 'holds_features', 'to_float32', 'over_frames', 'read_feature', 'Features', 'check_name',
            'read_json', 'read_beside', 'read_note', 'FeatureFolder', 'read_rows', 'PackedArray', 'missing', 'to_bytes',
-           'data_file', 'sole_user', 'check_folder', 'clean_folder', 'write_index', 'write_data', 'pack_features',
-           'pack_array', 'is_whole', 'read_index', 'FeatureStore', 'hash_file', 'digest', 'open_features',
-           'stack_features', 'with_features']
+           'data_file', 'writing_in', 'sole_user', 'check_folder', 'clean_folder', 'write_index', 'write_data',
+           'pack_features', 'pack_array', 'is_whole', 'read_index', 'FeatureStore', 'hash_file', 'digest',
+           'open_features', 'stack_features', 'with_features']
 
 # %% ../nbs/00_features.ipynb #606481be
 class DataError(ValueError):
@@ -319,14 +319,22 @@ def data_file(
     return folder / f"data-{sha256[:16]}.bin"
 
 @contextmanager
+def writing_in(
+    folder:Path,             # what is being filled
+) -> Iterator[None]:
+    "An error of the disk becomes an OSError that says where it was, and what to do."
+    try: yield
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written ({error.strerror or error}); make room there, or "
+                      "choose another folder") from error
+
+@contextmanager
 def sole_user(
     folder:Path,             # is made where it is missing, and goes again if nothing comes of it
 ) -> Iterator[None]:
     "OSError while another run works in the folder (Windows and some network disks cannot tell), or where it cannot be."
     new = not folder.exists()
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be written ({error.strerror}); make room there, or choose another folder") from error
+    with writing_in(folder): folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as at_the_end:
         if os.name == "posix":
             from fcntl import LOCK_EX, LOCK_NB, flock
@@ -423,19 +431,15 @@ def pack_features(
     over_frames(np.empty((1, 1)), frames)           # a ValueError before anything is written
     draft = out / ".data.part"
     note = {"format": FORMAT, "version": VERSION, "encoder": encoder, "dtype": dtype}
-    with sole_user(out):
+    with sole_user(out), writing_in(out):
+        check_folder(out)
+        clean_folder(out)
         try:
-            check_folder(out)
-            clean_folder(out)
-            try:
-                bar = tqdm(videos, unit="video", disable=not show_progress)
-                index = write_data(source, draft, bar, dtype, frames, skip_bad)
-                os.replace(draft, data_file(out, index["sha256"]))
-                write_index(out, note | index)
-            finally: clean_folder(out)
-        except OSError as error:
-            raise OSError(f"{out}: cannot be written ({error.strerror or error}); make room there, or "
-                          "choose another folder") from error
+            bar = tqdm(videos, unit="video", disable=not show_progress)
+            index = write_data(source, draft, bar, dtype, frames, skip_bad)
+            os.replace(draft, data_file(out, index["sha256"]))
+            write_index(out, note | index)
+        finally: clean_folder(out)
     return FeatureStore(out)
 
 def pack_array(

@@ -342,7 +342,6 @@ def test_a_folder_where_nothing_was_trained_goes_again(splits, tmp_path, monkeyp
 @pytest.mark.parametrize("stage", ["checkpoint", "progress", "mid-epoch"])
 def test_stopped_inside_an_epoch_and_resumed(splits, finished, tmp_path, monkeypatch, stage):
     """After the checkpoint but before the progress file; while writing; between two steps."""
-    from mcd_edu import training
     calls = []
 
     def fails(real, at):
